@@ -1,0 +1,299 @@
+"""How good a fitted program is: log-likelihood, ELBO, rate, distortion, active units, in nats per datum."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_vae.data import Batches, as_source, check
+from pyro_vae.estimators import in_data_plate, log_probabilities
+from pyro_vae.programs import undisturbed
+
+__all__ = ["Summary", "active_units", "elbo", "log_likelihood", "posterior_means", "rate_distortion", "reconstruct", "sample", "summarize"]
+
+_VALUES_AT_ONCE = 2**21  # decoder outputs in a pass: some 10 MB, which caches still hold in part
+_PARTICLES_AT_ONCE = 256  # enough that the encoder's pass over the batch costs nothing beside the decoder's
+
+
+class Summary(NamedTuple):
+    """Estimates for each datum, tensors of shape `(N,)` in nats, float64.
+
+    Attributes:
+        log_likelihood: Importance-weighted estimate of log p(x).
+        elbo: Evidence lower bound, minus rate and distortion.
+        rate: KL divergence from the prior to the posterior.
+        distortion: Expected negative log-likelihood under the posterior.
+    """
+
+    log_likelihood: Tensor
+    elbo: Tensor
+    rate: Tensor
+    distortion: Tensor
+
+
+def summarize(
+    program: nn.Module, data: Any, num_particles: int = 5000, *, seed: int = 0, advance: Any = None
+) -> Summary:
+    r"""Log-likelihood, ELBO, rate and distortion of each datum, from the same particles.
+
+    .. math:: \log \hat p(x) = \log \tfrac1K \sum_k w_k, \quad R = \tfrac1K \sum_k \log \frac{q(z_k \mid x)}{p(z_k)},
+              \quad D = -\tfrac1K \sum_k \log p(x \mid z_k), \quad \text{ELBO} = -(R + D)
+
+    Particles are taken in passes of bounded size, with running sums, so that memory depends neither on their number
+    nor on that of the data. Weights, RNG state, and train or eval mode are left as they were.
+
+    Args:
+        program: Any program that keeps its local sites in one plate named "data".
+        data: Tensor, array, `Dataset` or `DataLoader`.
+        num_particles: Number `K` of particles a datum.
+        seed: Seed of the particles.
+        advance: Called with the share of the work done since the last call, for a progress bar.
+
+    Returns:
+        A `Summary`.
+
+    Raises:
+        ValueError: If `num_particles` is not positive, or the data do not suit the program.
+
+    Reference:
+        Burda, Grosse and Salakhutdinov, 2016. Importance weighted autoencoders. Alemi et al., 2018. Fixing a broken
+        ELBO (rate and distortion).
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> summary = summarize(vae, torch.ones(3, 8, 8), num_particles=10)
+        >>> bool((summary.elbo <= summary.log_likelihood).all())
+        True
+    """
+    if num_particles < 1:
+        raise ValueError(f"num_particles: expected a positive number, got {num_particles}")
+    at_once = min(num_particles, _PARTICLES_AT_ONCE)
+    batches = _batches(program, data, at_once)
+    parts = []
+    with undisturbed(program, seed), pyro.validation_enabled(False):
+        for batch in batches.epoch(0):
+            log_sum, rate, distortion = (torch.full((len(batch[0]),), v, dtype=torch.float64) for v in (-torch.inf, 0, 0))
+            for first in range(0, num_particles, at_once):
+                k = min(at_once, num_particles - first)
+                passed = log_probabilities(program.model, program.guide, *batch, num_particles=k)  # type: ignore[arg-type]
+                prior, likelihood, posterior = (log_prob.cpu().double() for log_prob in passed)
+                log_sum = torch.logaddexp(log_sum, torch.logsumexp(prior + likelihood - posterior, 0))
+                rate += (posterior - prior).sum(0) / num_particles
+                distortion -= likelihood.sum(0) / num_particles
+                if advance is not None:
+                    advance(k * len(batch[0]) / (num_particles * batches.num_data))
+            log_likelihood = log_sum - torch.tensor(num_particles).double().log()
+            parts.append(Summary(log_likelihood, -(rate + distortion), rate, distortion))
+    return Summary(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def log_likelihood(program: nn.Module, data: Any, num_particles: int = 5000, *, seed: int = 0) -> Tensor:
+    r"""Importance-weighted estimate of each datum's log evidence, a lower bound in expectation that rises with K.
+
+    .. math:: \log \hat p(x) = \log \tfrac1K \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}, \quad z_k \sim q(z \mid x)
+
+    Args:
+        program: Any program that keeps its local sites in one plate named "data".
+        data: Tensor, array, `Dataset` or `DataLoader`.
+        num_particles: Number `K` of particles a datum; memory does not depend on it.
+        seed: Seed of the particles.
+
+    Returns:
+        A tensor of shape `(N,)`, in nats, float64.
+
+    Raises:
+        ValueError: If `num_particles` is not positive, or the data do not suit the program.
+
+    Reference:
+        Burda, Grosse and Salakhutdinov, 2016. Importance weighted autoencoders.
+
+    Example:
+        >>> import pyro_vae
+        >>> log_likelihood(pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8), num_particles=10).shape
+        torch.Size([3])
+    """
+    return summarize(program, data, num_particles, seed=seed).log_likelihood
+
+
+def elbo(program: nn.Module, data: Any, num_particles: int = 1, *, seed: int = 0) -> Tensor:
+    r"""The evidence lower bound of each datum, with beta = 1.
+
+    .. math:: \text{ELBO} = \tfrac1K \sum_k \log p(x, z_k) - \log q(z_k \mid x), \quad z_k \sim q(z \mid x)
+
+    Args:
+        program: Any program that keeps its local sites in one plate named "data".
+        data: Tensor, array, `Dataset` or `DataLoader`.
+        num_particles: Number `K` of particles a datum.
+        seed: Seed of the particles.
+
+    Returns:
+        A tensor of shape `(N,)`, in nats, float64.
+
+    Raises:
+        ValueError: If `num_particles` is not positive, or the data do not suit the program.
+
+    Reference:
+        Kingma and Welling, 2014. Auto-encoding variational Bayes.
+
+    Example:
+        >>> import pyro_vae
+        >>> elbo(pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8)).shape
+        torch.Size([3])
+    """
+    return summarize(program, data, num_particles, seed=seed).elbo
+
+
+def rate_distortion(program: nn.Module, data: Any, num_particles: int = 1, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    r"""Rate and distortion of each datum; their sum is minus the ELBO.
+
+    .. math:: R = E_q[\log q(z \mid x) - \log p(z)], \qquad D = -E_q[\log p(x \mid z)]
+
+    Args:
+        program: Any program that keeps its local sites in one plate named "data".
+        data: Tensor, array, `Dataset` or `DataLoader`.
+        num_particles: Particles a datum in the Monte Carlo estimate of both.
+        seed: Seed of the particles.
+
+    Returns:
+        Two tensors of shape `(N,)`, in nats, float64.
+
+    Raises:
+        ValueError: If `num_particles` is not positive, or the data do not suit the program.
+
+    Reference:
+        Alemi et al., 2018. Fixing a broken ELBO.
+
+    Example:
+        >>> import pyro_vae
+        >>> rate, distortion = rate_distortion(pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8))
+        >>> rate.shape
+        torch.Size([3])
+    """
+    summary = summarize(program, data, num_particles, seed=seed)
+    return summary.rate, summary.distortion
+
+
+def posterior_means(program: nn.Module, data: Any, *, seed: int = 0) -> Tensor:
+    """The posterior mean of each datum's latents, all local latent sites side by side.
+
+    A posterior without a mean in closed form is averaged over 100 draws.
+
+    Args:
+        program: Any program that keeps its local sites in one plate named "data".
+        data: Tensor, array, `Dataset` or `DataLoader`.
+        seed: Seed of the draws.
+
+    Returns:
+        A tensor of shape `(N, latent)`.
+
+    Example:
+        >>> import pyro_vae
+        >>> posterior_means(pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8)).shape
+        torch.Size([3, 2])
+    """
+    means = []
+    with undisturbed(program, seed), pyro.validation_enabled(False):
+        for batch in _batches(program, data, 1).epoch(0):
+            trace = poutine.trace(program.guide).get_trace(*batch)  # type: ignore[arg-type]
+            sites = [s for s in trace.nodes.values() if s["type"] == "sample" and in_data_plate(s)]
+            means.append(torch.cat([_mean(site["fn"]).flatten(1).cpu() for site in sites if not site["is_observed"]], 1))
+    return torch.cat(means)
+
+
+def active_units(program: nn.Module, data: Any, threshold: float = 0.01) -> int:
+    r"""The number of latent dimensions that the data move.
+
+    .. math:: \#\{d : \operatorname{Var}_x(E_{q(z \mid x)}[z_d]) > \text{threshold}\}
+
+    Args:
+        program: Any program that keeps its local sites in one plate named "data".
+        data: Tensor, array, `Dataset` or `DataLoader`.
+        threshold: Least variance over the data of a posterior mean that counts as active.
+
+    Reference:
+        Burda, Grosse and Salakhutdinov, 2016. Importance weighted autoencoders.
+
+    Example:
+        >>> import pyro_vae
+        >>> active_units(pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8))
+        0
+    """
+    return int((posterior_means(program, data).var(0, correction=0) > threshold).sum())
+
+
+def sample(program: nn.Module, num_samples: int, event_shape: tuple[int, ...], *, seed: int | None = None) -> Any:
+    """Draw data from the model: the means of p(x given z) at draws of z from the prior, and draws of x.
+
+    Args:
+        program: Any program whose observed site is "x".
+        num_samples: Number `S` of draws.
+        event_shape: Shape of one datum.
+        seed: Seed of the draws; None goes on from the current state, and leaves it as it was.
+
+    Returns:
+        `(means, draws)`, tensors of shape `(S, *event_shape)`.
+
+    Raises:
+        ValueError: If `num_samples` is not positive.
+
+    Example:
+        >>> import pyro_vae
+        >>> means, draws = sample(pyro_vae.build((8, 8), latent=2), 4, (8, 8))
+        >>> draws.unique().tolist()
+        [0.0, 1.0]
+    """
+    if num_samples < 1:
+        raise ValueError(f"number of samples: expected a positive number, got {num_samples}")
+    batches = Batches(torch.zeros(num_samples, *event_shape), program, num_samples)
+    with undisturbed(program, seed):
+        trace = poutine.trace(poutine.uncondition(program.model)).get_trace(*next(batches.epoch(0)))  # type: ignore[arg-type]
+        site = trace.nodes["x"]
+        return _mean(site["fn"]).cpu(), site["value"].cpu()
+
+
+def reconstruct(program: nn.Module, data: Any, *, seed: int = 0) -> Tensor:
+    """The mean of p(x given z) at one draw of z from each datum's posterior.
+
+    Args:
+        program: Any program whose observed site is "x".
+        data: Tensor, array, `Dataset` or `DataLoader`.
+        seed: Seed of the draws.
+
+    Returns:
+        A tensor of shape `(N, *event_shape)`.
+
+    Example:
+        >>> import pyro_vae
+        >>> reconstruct(pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8)).shape
+        torch.Size([3, 8, 8])
+    """
+    means = []
+    with undisturbed(program, seed), pyro.validation_enabled(False):
+        for batch in _batches(program, data, 1).epoch(0):
+            guide = poutine.trace(program.guide).get_trace(*batch)  # type: ignore[arg-type]
+            model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*batch)  # type: ignore[arg-type]
+            means.append(_mean(model.nodes["x"]["fn"]).cpu())
+    return torch.cat(means)
+
+
+def _mean(fn: Any) -> Tensor:
+    try:
+        return fn.mean
+    except NotImplementedError:
+        return fn.sample((100,)).mean(0)
+
+
+def _batches(program: nn.Module, data: Any, particles: int) -> Batches:
+    """Batches whose decoder outputs, all particles together, stay within bounds; the data are checked on the way."""
+    source = as_source(data)
+    batches = Batches(source, program, batch_size=1)
+    with undisturbed(program):
+        values = max(1, next(batches.epoch(0))[0][0].numel())
+    batches.batch_size = max(1, min(_VALUES_AT_ONCE // (values * particles), batches.num_data, 4096))
+    check(program, batches)
+    return batches

@@ -1,0 +1,155 @@
+"""Handlers: messengers that change or watch a program from outside."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+__all__ = ["beta", "record"]
+
+
+class beta(Messenger):
+    r"""Multiply the scale of every latent site, in model and guide, by `value`.
+
+    .. math:: \log p(x \mid z) + \beta\, (\log p(z) - \log q(z \mid x))
+
+    Used around an estimator's call it weighs the rate by beta. It nests with itself, `poutine.scale` and plates;
+    unlike `poutine.scale`, it takes 0.
+
+    Args:
+        value: The weight beta, at least 0.
+
+    Raises:
+        ValueError: If `value` is negative.
+
+    Reference:
+        Bowman et al., 2016. Generating sentences from a continuous space. Higgins et al., 2017. beta-VAE.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> from pyro import poutine
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+        >>> with beta(0.5):
+        ...     trace = poutine.trace(model).get_trace()
+        >>> trace.nodes["z"]["scale"], trace.nodes["x"]["scale"]
+        (0.5, 1.0)
+    """
+
+    def __init__(self, value: float | Tensor):
+        super().__init__()
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise ValueError(f"beta: expected a value of at least 0, got {value}")
+        self.value = value
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"]:
+            msg["scale"] = self.value * msg["scale"]
+
+
+class record(Messenger):
+    r"""Record rate and distortion, datum by datum, while an estimator runs a model and a guide.
+
+    .. math:: R_b = \log q(z_b \mid x_b) - \log p(z_b), \qquad D_b = -\log p(x_b \mid z_b)
+
+    Both are unscaled, so that they mean the same under annealing and subsampling, and are averaged over particles. It
+    costs next to nothing: each site's log-probability is computed once, and shared with the estimator's trace.
+
+    Attributes:
+        rate: Tensor of shape `(B,)` in nats, detached; NaN where latents are enumerated and not sampled.
+        distortion: The same for the distortion.
+        num_data: Size of the data set that the plate "data" stands for, so that loss / num_data is per datum.
+
+    Example:
+        >>> import pyro_vae
+        >>> from pyro.infer import Trace_ELBO
+        >>> vae, x = pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8)
+        >>> with record() as recorded:
+        ...     loss = Trace_ELBO().loss(recorded.watch(vae.model), recorded.watch(vae.guide), x)
+        >>> torch.allclose((recorded.rate + recorded.distortion).sum(), torch.tensor(loss))
+        True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sites: list[tuple[str, Any]] = []
+        self._program = ""
+
+    def __enter__(self) -> record:
+        self._sites = []
+        return super().__enter__()
+
+    def watch(self, program: Callable) -> Callable:
+        """The program itself, with its sites filed under its name, model or guide."""
+
+        @functools.wraps(program)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._program = program.__name__
+            return program(*args, **kwargs)
+
+        return watched
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        # The outermost handler comes first after a site has run. What it computes here is in the message that the
+        # estimator's trace will copy, and is not computed again.
+        if site_is_subsample(msg):
+            return
+        if self._program == "guide":
+            parts = msg["fn"].score_parts(msg["value"])
+            msg["unscaled_log_prob"] = parts.log_prob
+            msg["score_parts"] = parts.scale_and_mask(msg["scale"], msg["mask"])
+            msg["log_prob"] = msg["score_parts"].log_prob
+        else:
+            msg["unscaled_log_prob"] = msg["fn"].log_prob(msg["value"])
+            msg["log_prob"] = scale_and_mask(msg["unscaled_log_prob"], msg["scale"], msg["mask"])
+        msg["log_prob_sum"] = msg["log_prob"].sum()
+        self._sites.append((self._program, msg))
+
+    @property
+    def rate(self) -> Tensor:
+        return -self._log_prob("model", observed=False) + self._log_prob("guide", observed=False)
+
+    @property
+    def distortion(self) -> Tensor:
+        return -self._log_prob("model", observed=True)
+
+    @property
+    def num_data(self) -> int:
+        return next(iter(self._frames())).full_size
+
+    def _frames(self) -> list[Any]:
+        frames = [f for _, msg in self._sites for f in msg["cond_indep_stack"] if f.name == "data"]
+        if not frames:
+            raise ValueError(f'expected sites in a plate named "data" at dim=-1, got {[m["name"] for _, m in self._sites]}')
+        return frames
+
+    def _log_prob(self, program: str, observed: bool) -> Tensor:
+        """Sum over sites and mean over particles, of shape `(B,)`."""
+        size = self._frames()[0].size
+        passes: dict[str, list[Tensor]] = {}
+        for owner, msg in self._sites:
+            local = any(frame.name == "data" for frame in msg["cond_indep_stack"])
+            if owner == program and msg["is_observed"] == observed and local:
+                log_prob = scale_and_mask(msg["unscaled_log_prob"].detach(), mask=msg["mask"])
+                if msg["infer"].get("_enumerate_dim") is not None:
+                    log_prob = log_prob.new_full((size,), torch.nan)
+                passes.setdefault(msg["name"], []).append(log_prob.reshape(-1, size).mean(0))
+        return sum((torch.stack(p).mean(0) for p in passes.values()), torch.zeros(()))
+
+    def first_nonfinite(self) -> str:
+        """The first site that was not finite, in words."""
+        for program, msg in self._sites:
+            if not msg["value"].isfinite().all():
+                return f"{msg['name']!r} of the {program} (its value)"
+            if not msg["unscaled_log_prob"].isfinite().all():
+                return f"{msg['name']!r} of the {program} (its log-probability)"
+        return "none, though the loss is"

@@ -1,0 +1,144 @@
+"""Figures: arrays in, a matplotlib `Figure` out, without touching matplotlib's global state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["image_grid", "latent_space", "reconstructions", "training_curve"]
+
+
+def training_curve(history: pd.DataFrame) -> Figure:
+    """ELBO, rate, distortion and beta over epochs, from the history of `fit`.
+
+    Example:
+        >>> import pandas as pd
+        >>> row = {"epoch": 1, "elbo": -90.0, "valid_elbo": float("nan"), "rate": 20.0, "distortion": 70.0, "beta": 1.0}
+        >>> len(training_curve(pd.DataFrame([row])).axes)
+        3
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    elbo, parts, beta = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    elbo.plot(history.epoch, history.elbo, label="train")
+    if history.valid_elbo.notna().any():
+        elbo.plot(history.epoch, history.valid_elbo, label="valid")
+    parts.plot(history.epoch, history.distortion, label="distortion", color="C2")
+    parts.plot(history.epoch, history.rate, label="rate", color="C3")
+    beta.plot(history.epoch, history.beta, color="C4")
+    for axes, title in ((elbo, "ELBO (nats per datum)"), (parts, "rate and distortion (nats per datum)"), (beta, "beta")):
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+    elbo.legend()
+    parts.legend()
+    # The first epochs lie so far below the rest that they would hide it.
+    settled = history.elbo.iloc[len(history) // 20 :]
+    if len(settled) > 1:
+        low = min(settled.min(), history.valid_elbo.iloc[len(history) // 20 :].min())
+        high = history[["elbo", "valid_elbo"]].max().max()
+        elbo.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    beta.set_ylim(0, 1.1 * max(1.0, history.beta.max()))
+    return figure
+
+
+def image_grid(x: Tensor, columns: int = 8) -> Figure:
+    """Data side by side: images in a grid, other data as the rows of a matrix.
+
+    Args:
+        x: Tensor of shape `(N, channels, height, width)` with values in [0, 1], or `(N, *event_shape)`.
+        columns: Images in a row.
+
+    Example:
+        >>> len(image_grid(torch.rand(16, 1, 8, 8)).axes)
+        1
+    """
+    from matplotlib.figure import Figure
+
+    if not is_image(tuple(x.shape[1:])):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.subplots()
+        drawn = axes.imshow(x.flatten(1), aspect="auto", interpolation="nearest")
+        axes.set(xlabel="dimension", ylabel="datum")
+        figure.colorbar(drawn)
+        return figure
+    from torchvision.utils import make_grid
+
+    grid = make_grid(x.float().clamp(0, 1), nrow=columns, padding=1, pad_value=0.5)
+    inches = 5.0 / max(grid.shape[1:])
+    figure = Figure(figsize=(inches * grid.shape[2], inches * grid.shape[1]), dpi=200)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+    axes.set_axis_off()
+    return figure
+
+
+def reconstructions(x: Tensor, reconstructed: Tensor, columns: int = 16) -> Figure:
+    """Originals, each with its reconstruction below it.
+
+    Args:
+        x: Data of shape `(N, *event_shape)`.
+        reconstructed: Their reconstructions, of the same shape.
+        columns: Images in a row.
+
+    Example:
+        >>> len(reconstructions(torch.rand(16, 1, 8, 8), torch.rand(16, 1, 8, 8)).axes)
+        1
+    """
+    if not is_image(tuple(x.shape[1:])):
+        return image_grid(torch.stack([x, reconstructed], 1).flatten(0, 1))
+    pairs = [half for row in zip(x.split(columns), reconstructed.split(columns), strict=True) for half in row]
+    return image_grid(torch.cat(pairs), columns)
+
+
+def latent_space(means: Tensor, labels: Tensor | None = None) -> Figure:
+    """Posterior means in the plane, coloured by label; two principal components where there are more dimensions.
+
+    Args:
+        means: Tensor of shape `(N, latent)`.
+        labels: Integer labels of shape `(N,)`, or None.
+
+    Example:
+        >>> latent_space(torch.randn(20, 3)).axes[0].get_xlabel().split(" (")[0]
+        'principal component 1'
+    """
+    from matplotlib.figure import Figure
+
+    points, names = means.numpy(), ["z1", "z2"]
+    if means.shape[1] == 1:
+        points, names = torch.cat([means, torch.zeros_like(means)], 1).numpy(), ["z1", ""]
+    elif means.shape[1] > 2:
+        from sklearn.decomposition import PCA
+
+        pca = PCA(2)
+        points = pca.fit_transform(points)
+        names = [f"principal component {i + 1} ({share:.0%})" for i, share in enumerate(pca.explained_variance_ratio_)]
+    figure = Figure(figsize=(5.6, 5), layout="constrained")
+    axes = figure.subplots()
+    kinds = [] if labels is None else labels.unique().tolist()
+    if 1 < len(kinds) <= 20:
+        for index, kind in enumerate(kinds):
+            chosen = (labels == kind).numpy()
+            colour = f"C{index}" if len(kinds) <= 10 else None
+            axes.scatter(*points[chosen].T, s=4, alpha=0.6, color=colour, label=str(kind), edgecolors="none")
+        axes.legend(markerscale=3, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        axes.scatter(*points.T, s=4, alpha=0.6, c=None if labels is None else labels.numpy(), edgecolors="none")
+    axes.set(xlabel=names[0], ylabel=names[1], title="posterior means")
+    return figure
+
+
+def is_image(event_shape: tuple[int, ...]) -> bool:
+    """Whether data of this shape can be shown as grey or colour images.
+
+    Example:
+        >>> is_image((1, 28, 28)), is_image((784,))
+        (True, False)
+    """
+    return len(event_shape) == 3 and event_shape[0] in (1, 3)

@@ -1,0 +1,521 @@
+"""Training: `steps`, a generator whose loop is the user's, and `fit` on top."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO, TraceTailAdaptive_ELBO
+from torch import Tensor, nn
+
+from pyro_vae import evaluation, expressions, handlers, runs
+from pyro_vae.data import Batches, InMemory, as_source, check
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Fitted", "NonFiniteError", "Step", "Training", "fit", "steps"]
+
+LR_SCHEDULES = ("cosine", "one-cycle")
+HISTORY = ("epoch", "step", "beta", "loss", "elbo", "rate", "distortion", "valid_elbo", "seconds")
+_AVERAGED = ("loss", "elbo", "rate", "distortion")
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or a weight became NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a training step did; loss, ELBO, rate and distortion are means over the batch in nats per datum.
+
+    Attributes:
+        epoch: Epoch, from 1.
+        step: Steps taken so far, this one included.
+        beta: Weight of the rate in this step's loss.
+        loss: The estimator's loss, under beta.
+        elbo: The evidence lower bound with beta = 1.
+        rate: KL divergence from prior to posterior.
+        distortion: Negative log-likelihood.
+        num_data: Data in the batch.
+    """
+
+    epoch: int
+    step: int
+    beta: float
+    loss: float
+    elbo: float
+    rate: float
+    distortion: float
+    num_data: int
+
+
+class _Objective(nn.Module):
+    """Program and estimator as one module, whose output is what there is to differentiate."""
+
+    def __init__(self, program: nn.Module, estimator: ELBO):
+        super().__init__()
+        self.program = program
+        self.estimator = estimator
+        self.recorded = handlers.record()
+        # The program's own param store: some estimators keep state there, and none of it may reach Pyro's.
+        self.param_store: dict[str, dict] = {"params": {}, "constraints": {}}
+
+    def forward(self, beta: float, *batch: Tensor) -> Any:
+        recorded, model, guide = self.recorded, self.program.model, self.program.guide
+        programs = recorded.watch(model), recorded.watch(guide)
+        with pyro.get_param_store().scope(self.param_store), handlers.beta(beta), recorded:
+            if hasattr(self.estimator, "differentiable_loss"):
+                return self.estimator.differentiable_loss(*programs, *batch)
+            # The others call backward themselves, and only where param sites are collected.
+            with poutine.trace(param_only=True):
+                loss = self.estimator.loss_and_grads(*programs, *batch)
+            return torch.as_tensor(sum(loss) if isinstance(loss, tuple) else loss)
+
+
+class Training:
+    """A run of training: the program, its optimizer and schedules, and where they stand.
+
+    Takes the arguments of `fit` that shape the steps. Iterating takes the remaining steps.
+    """
+
+    def __init__(
+        self,
+        program: nn.Module,
+        data: Any,
+        *,
+        estimator: ELBO | None = None,
+        anneal: Callable[[float], float] | None = None,
+        epochs: int = 100,
+        batch_size: int = 128,
+        lr: float = 1e-3,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        lr_schedule: str | Callable[..., Any] | None = None,
+        device: str = "auto",
+        precision: str = "32-true",
+        seed: int | None = None,
+    ):
+        from lightning.fabric import Fabric, seed_everything
+
+        if epochs < 1 or lr <= 0:
+            raise ValueError(f"expected positive epochs and lr, got epochs={epochs}, lr={lr}")
+        if isinstance(lr_schedule, str) and lr_schedule not in LR_SCHEDULES:
+            raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {lr_schedule!r}")
+        anneal = anneal or (lambda progress: 1.0)
+        if anneal(1.0) < 1:
+            warnings.warn(
+                f"the run ends with beta = {anneal(1.0):g} < 1, so its loss is no bound on the evidence", stacklevel=3
+            )
+        accelerator, _, index = device.partition(":")
+        fabric = Fabric(accelerator=accelerator, devices=[int(index)] if index else 1, precision=precision)  # type: ignore[arg-type]
+        if seed is not None:
+            seed_everything(seed, verbose=False)
+
+        self.program = program
+        self.objective = fabric.setup_module(_Objective(program, estimator or Trace_ELBO()))
+        order_seed = seed if seed is not None else int(torch.randint(2**31, ()))
+        self.batches = Batches(data, program, batch_size, order_seed)
+        check(program, self.batches)
+        parameters = [p for p in program.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError(f"{type(program).__name__} has no parameters to train")
+        # The fused step is the same computation in one kernel; torch's own optimizers have it.
+        fused = {"fused": True} if optimizer in (torch.optim.Adam, torch.optim.AdamW) else {}
+        self.optimizer = optimizer(parameters, lr=lr, **fused)
+        self._fabric_optimizer = fabric.setup_optimizers(self.optimizer)
+        self.total_steps = epochs * len(self.batches)
+        self.scheduler = _lr_scheduler(self.optimizer, lr_schedule, lr, self.total_steps)
+        self.fabric = fabric
+        self.anneal = anneal
+        self.epochs = epochs
+        self.step = 0
+
+    def __iter__(self) -> Iterator[Step]:
+        while self.step < self.total_steps:
+            epoch, skip = divmod(self.step, len(self.batches))
+            for batch in self.batches.epoch(epoch, skip):
+                yield self._take(epoch, batch)
+
+    def _take(self, epoch: int, batch: tuple[Tensor, ...]) -> Step:
+        beta = self.anneal(self.step / self.total_steps)
+        recorded = self.objective.module.recorded
+        self.program.train()
+        self._fabric_optimizer.zero_grad()
+        # Pyro checks the first step; after that its checks, of a program that does not change, are left out.
+        with pyro.validation_enabled(False) if self.step else nullcontext():
+            loss = self.objective(beta, *batch)
+        num_data = recorded.num_data
+        loss = loss / num_data
+        rate, distortion = recorded.rate.mean(), recorded.distortion.mean()
+        values = torch.stack([loss.detach().to(rate), rate, distortion]).tolist()
+        # Tail-adaptive inference has no loss to report and gives infinity (Wang, Liu and Liu, 2018).
+        if not math.isfinite(values[0]) and not isinstance(self.objective.module.estimator, TraceTailAdaptive_ELBO):
+            where = recorded.first_nonfinite()
+            raise NonFiniteError(f"the loss is {values[0]} at step {self.step + 1}; first site not finite: {where}")
+        if loss.requires_grad:
+            self.fabric.backward(loss)
+        else:  # the estimator has called backward on the sum
+            for parameter in self.program.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(num_data)
+        if self.step == 0:
+            self._check_parameters()
+        self._fabric_optimizer.step()
+        self.step += 1
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return Step(epoch + 1, self.step, beta, values[0], -values[1] - values[2], values[1], values[2], len(batch[0]))
+
+    def _check_parameters(self) -> None:
+        own = {id(parameter) for parameter in self.program.parameters()}
+        for name, parameter in self.objective.module.param_store["params"].items():
+            if id(parameter) not in own and not name.startswith("__"):  # baselines that estimators keep
+                raise ValueError(
+                    f"param site {name!r} is no (contiguous) parameter of {type(self.program).__name__} and would not be "
+                    "trained: make it an attribute, an nn.Parameter or a PyroParam"
+                )
+        if all(parameter.grad is None for parameter in self.program.parameters()):
+            raise ValueError(f"no parameter of {type(self.program).__name__} has a gradient; does it call declare_parameters?")
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain data from which the run goes on bit for bit."""
+        for name, parameter in self.program.named_parameters():
+            if not parameter.isfinite().all():
+                raise NonFiniteError(f"parameter {name} is not finite after step {self.step}")
+        tensors = {f"model.{name}": tensor for name, tensor in runs.weights(self.program).items()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            for name, value in entry.items():
+                if value is not None:
+                    tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().clone().contiguous()
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.fabric.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.fabric.device)
+        return tensors, {"step": self.step, "order_seed": self.batches.seed}
+
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any], path: Path) -> None:
+        """Go on from where `state` was taken."""
+        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        runs.load_weights(self.program, model, path)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step = meta["step"]
+        self.batches.seed = meta["order_seed"]
+        if self.scheduler is not None:
+            with warnings.catch_warnings():  # torch misses the optimizer's steps between these
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                for _ in range(min(self.step, self.total_steps)):
+                    self.scheduler.step()
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and self.fabric.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.fabric.device)
+
+
+def _lr_scheduler(optimizer: torch.optim.Optimizer, schedule: Any, lr: float, total_steps: int) -> Any:
+    from torch.optim import lr_scheduler
+
+    if schedule == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
+    if schedule == "one-cycle":
+        total = max(total_steps, 4)
+        warm_up = max(0.05, 2 / total)  # torch needs a warm-up of two steps
+        momentum = not {"betas", "momentum"}.isdisjoint(optimizer.defaults)
+        return lr_scheduler.OneCycleLR(optimizer, lr, total, pct_start=warm_up, cycle_momentum=momentum)
+    return None if schedule is None else schedule(optimizer)
+
+
+def steps(program: nn.Module, data: Any, **options: Any) -> Iterator[Step]:
+    """Train a program step by step: a generator that yields after each, so that the caller's loop is the callback.
+
+    Args:
+        program: The program.
+        data: Tensor, array, `(x, y)` pair, `Dataset` or `DataLoader`.
+        **options: The arguments of `fit` from `estimator` to `seed`, but for `valid`.
+
+    Yields:
+        A `Step`.
+
+    Raises:
+        ValueError: If an argument or the data do not suit.
+        NonFiniteError: If the loss is NaN or infinite.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> for step in steps(vae, torch.ones(10, 8, 8), epochs=50, batch_size=5):
+        ...     if step.elbo > -40:
+        ...         break
+    """
+    yield from Training(program, data, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What `fit` returns.
+
+    Attributes:
+        program: The trained program, the one that was given.
+        history: One row an epoch, with columns epoch, step, beta (at its last step), loss, elbo (with beta = 1), rate,
+            distortion (means over the epoch), valid_elbo (at its end), all in nats per datum, and seconds.
+        out: The run directory, or None.
+    """
+
+    program: nn.Module
+    history: pd.DataFrame
+    out: Path | None
+
+
+def fit(
+    program: nn.Module,
+    data: Any,
+    *,
+    valid: Any = None,
+    estimator: ELBO | None = None,
+    anneal: Callable[[float], float] | None = None,
+    epochs: int = 100,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    lr_schedule: str | Callable[..., Any] | None = None,
+    device: str = "auto",
+    precision: str = "32-true",
+    seed: int | None = None,
+    out: str | os.PathLike | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Fitted:
+    r"""Train a program, in place.
+
+    .. math:: \min_{\theta, \phi} \tfrac1N \sum_n E_q[-\log p_\theta(x_n \mid z)]
+              + \beta(t)\, E_q\Big[\log \frac{q_\phi(z \mid x_n)}{p_\theta(z)}\Big]
+
+    is what it does with `Trace_ELBO`; another estimator brings its own loss. The loss is per datum.
+
+    Args:
+        program: A module with Pyro programs `model(*batch)` and `guide(*batch)`.
+        data: Tensor, array, `(x, y)` pair, `Dataset` or `DataLoader`. What the program does not take of a batch, such
+            as labels, is left out.
+        valid: Data for a validation ELBO after each epoch.
+        estimator: Any `pyro.infer.ELBO` (default `Trace_ELBO()`).
+        anneal: Beta as a function of progress in [0, 1], such as `schedules.Linear(0.1)` (default 1).
+        epochs: Passes over the data.
+        batch_size: Data in a step.
+        lr: Learning rate; the highest one of a schedule.
+        optimizer: Called with the parameters and `lr=`.
+        lr_schedule: None, "cosine", "one-cycle" (with 5 % warm-up), or a function from the optimizer to a torch
+            scheduler, which is then stepped after each step.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        precision: Fabric's: "32-true", "bf16-mixed", "64-true", ...
+        seed: Seed of all random numbers; None goes on from the current state.
+        out: Run directory to write; None writes nothing.
+        resume: Go on from the checkpoint in `out`, bit for bit.
+        overwrite: Replace a run in `out`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A `Fitted`, with the history.
+
+    Raises:
+        ValueError: If an argument or the data do not suit, or `out` exists.
+        NonFiniteError: If the loss is NaN or infinite; the last good checkpoint stays.
+        KeyboardInterrupt: After Ctrl-C, once the step is done and the checkpoint written.
+
+    Reference:
+        Kingma and Welling, 2014. Auto-encoding variational Bayes. Bowman et al., 2016. Generating sentences from a
+        continuous space (annealing).
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> fitted = fit(vae, torch.ones(10, 8, 8), epochs=2, batch_size=5, progress=False)
+        >>> fitted.history.step.tolist()
+        [2, 4]
+    """
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        runs.check_free(folder, resume, overwrite)
+    elif resume:
+        raise ValueError("resume: expected a run directory out=, got None")
+    source = as_source(data)
+    config = {
+        **_data_config(source),
+        "program": _written(program, "program"),
+        "estimator": _written(estimator or Trace_ELBO(), "estimator"),
+        "anneal": None if anneal is None else _written(anneal, "anneal"),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "optimizer": _written(optimizer, "optimizer"),
+        "lr_schedule": lr_schedule if lr_schedule is None or isinstance(lr_schedule, str) else repr(lr_schedule),
+        "device": device,
+        "precision": precision,
+        "seed": seed,
+    }
+    training = Training(
+        program,
+        source,
+        estimator=estimator,
+        anneal=anneal,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+        device=device,
+        precision=precision,
+        seed=seed,
+    )
+    history = _History()
+    if folder is not None:
+        if resume:
+            tensors, meta = runs.read_checkpoint(folder / runs.CHECKPOINT)
+            training.restore(tensors, meta, folder / runs.CHECKPOINT)
+            history.restore(meta)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # checked to be new, empty or a run to overwrite
+        runs.write_config(folder, config | {"recorded": {"event_shape": _event_shape(training), **runs.versions()}})
+        _save(folder, training, history)
+    with _progress_bar(training, progress) as show, _interruptible() as interrupted:
+        for step in training:
+            history.add(step)
+            show(step)
+            if training.step % len(training.batches) == 0:
+                history.close_epoch(None if valid is None else evaluation.elbo(program, valid).mean().item())
+                if folder is not None:
+                    _save(folder, training, history)
+            if interrupted():
+                if folder is not None:
+                    _save(folder, training, history)
+                raise KeyboardInterrupt
+    if folder is not None:
+        runs.write_checkpoint(folder / runs.MODEL, runs.weights(program))
+    return Fitted(program, history.frame(), folder)
+
+
+def _written(value: Any, slot: str) -> str | None:
+    """The expression of a value, or None for one that has none, which then cannot be rebuilt from the file."""
+    try:
+        return expressions.write(value, slot)
+    except (ValueError, TypeError):
+        return None
+
+
+def _data_config(source: Any) -> dict[str, Any]:
+    return dict(getattr(source, "source", None) or {"data": None})
+
+
+def _event_shape(training: Training) -> list[int]:
+    source = training.batches.source
+    return list(source.event_shape) if isinstance(source, InMemory) else list(next(training.batches.epoch(0))[0].shape[1:])
+
+
+def _save(folder: Path, training: Training, history: _History) -> None:
+    tensors, meta = training.state()
+    runs.write_checkpoint(folder / runs.CHECKPOINT, tensors, meta | history.meta())
+    with runs.replacing(folder / runs.HISTORY) as temporary:
+        history.frame().to_csv(temporary, index=False)
+
+
+class _History:
+    """Rows of finished epochs, and the sums of the running one."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.sums: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    def add(self, step: Step) -> None:
+        for name in _AVERAGED:
+            self.sums[name] = self.sums.get(name, 0.0) + getattr(step, name) * step.num_data
+        self.sums["num_data"] = self.sums.get("num_data", 0) + step.num_data
+        self.last = step
+
+    def close_epoch(self, valid_elbo: float | None) -> None:
+        row = {name: self.sums[name] / self.sums["num_data"] for name in _AVERAGED}
+        row |= {"epoch": self.last.epoch, "step": self.last.step, "beta": self.last.beta}
+        row |= {"valid_elbo": valid_elbo, "seconds": self._seconds()}
+        self.rows.append({name: row[name] for name in HISTORY})
+        self.sums, self.started = {}, time.perf_counter()
+
+    def _seconds(self) -> float:
+        return self.sums.get("seconds", 0.0) + time.perf_counter() - self.started
+
+    def frame(self) -> pd.DataFrame:
+        import pandas as pd
+
+        frame = pd.DataFrame(self.rows, columns=list(HISTORY))
+        return frame.astype({name: float for name in HISTORY if name not in ("epoch", "step")})
+
+    def meta(self) -> dict[str, Any]:
+        return {"history": self.rows, "sums": self.sums | {"seconds": self._seconds()} if self.sums else {}}
+
+    def restore(self, meta: dict[str, Any]) -> None:
+        self.rows, self.sums = meta["history"], meta["sums"]
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Hold the first Ctrl-C back until the running step is done; a second one interrupts at once."""
+    pressed = []
+    if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
+        yield lambda: False
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(signum: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _progress_bar(training: Training, visible: bool) -> Iterator[Callable[[Step], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.0f} steps/s  ELBO {task.fields[elbo]:.2f}  beta {task.fields[beta]:.2f}"),
+        TimeRemainingColumn(),
+    )
+    fields = {"epoch": 1, "epochs": training.epochs, "rate": 0.0, "elbo": math.nan, "beta": 1.0}
+    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
+        task = bar.add_task("", total=training.total_steps, completed=training.step, **fields)
+        start, first, shown, elbo = time.perf_counter(), training.step, 0.0, math.nan
+
+        def show(step: Step) -> None:
+            nonlocal shown, elbo
+            elbo = step.elbo if math.isnan(elbo) else 0.99 * elbo + 0.01 * step.elbo
+            now = time.perf_counter()
+            if now - shown > 0.1 or step.step == training.total_steps:
+                rate = (step.step - first) / (now - start)
+                bar.update(task, completed=step.step, epoch=step.epoch, rate=rate, elbo=elbo, beta=step.beta)
+                shown = now
+
+        yield show
