@@ -18,6 +18,7 @@ import pyro_vae
 from pyro_vae import evaluation, expressions, plots, runs
 from pyro_vae.data import InMemory, Splits
 from pyro_vae.likelihoods import Bernoulli
+from pyro_vae.programs import Program
 
 app = typer.Typer(
     help=pyro_vae.__doc__,
@@ -69,7 +70,13 @@ def fit(
     device: Device = "auto",
     precision: Annotated[str, _option("32-true, bf16-mixed, 64-true, ...")] = "32-true",
     seed: Annotated[int, _option("Seed of weights, order and noise.")] = 0,
-    out: Annotated[Path | None, _option("Run directory. [default: the first free of runs/DATA, runs/DATA-2, ...]")] = None,
+    start_at_mean: Annotated[
+        bool | None,
+        _option("Set the output bias from the data's mean first. [default: where the likelihood can]"),
+    ] = None,
+    out: Annotated[
+        Path | None, _option("Run directory. [default: the first free of runs/DATA, runs/DATA-2, ...]")
+    ] = None,
     resume: Annotated[bool, _option("Go on with the run in --out.", "--resume")] = False,
     overwrite: Annotated[bool, _option("Replace the run in --out.", "--overwrite")] = False,
     num_particles: NumParticles = 5000,
@@ -85,25 +92,31 @@ def fit(
     if num_particles < 1:
         raise ValueError(f"--num-particles: expected a positive number, got {num_particles}")
     trust = trust or not (config or resume)  # what the user typed is trusted, what a file says is not
-    parts = {"latent": latent, "network": network, "prior": prior, "likelihood": likelihood, "posterior": posterior}
+    parts: Any = {
+        "latent": latent,
+        "network": network,
+        "prior": prior,
+        "likelihood": likelihood,
+        "posterior": posterior,
+    }
     chosen = {name: value for name, value in parts.items() if value is not None}
     if program and chosen:
         raise ValueError(f"expected --program or its parts, got both --program and --{next(iter(chosen))}")
-    asked = {"root": data_root, "labels": labels, "valid": valid, "test": test, "seed": data_seed}
+    asked: Any = {"root": data_root, "labels": labels, "valid": valid, "test": test, "seed": data_seed}
     splits = pyro_vae.data.load(data, binarize=None if binarize == "none" else binarize, **asked)
 
+    # Written out and read back, so that the file of this run builds the very same weights again.
+    program = program or expressions.write(
+        expressions.build(splits.train.event_shape, **chosen, trust=trust), "program"
+    )
     seed_everything(seed, verbose=False)
-    built: nn.Module
-    if program:
-        built = expressions.parse(program, "program", trust=trust)
-    else:
-        built = expressions.build(splits.train.event_shape, **chosen, trust=trust)
+    built = expressions.parse(program, "program", trust=trust)
     if binarize is None and isinstance(getattr(built, "likelihood", None), Bernoulli) and splits.train.grey:
         _say("grey values are binarized dynamically for the Bernoulli likelihood (--binarize none keeps them)")
         splits = pyro_vae.data.load(data, binarize="dynamic", **asked)
     _say(f"{data}: {_sizes(splits)}")
 
-    fitted = pyro_vae.fit(
+    fitted = _fit(
         built,
         splits.train,
         valid=splits.valid,
@@ -117,6 +130,9 @@ def fit(
         device=device,
         precision=precision,
         seed=seed,
+        start_at_mean=hasattr(getattr(built, "likelihood", None), "start_at")
+        if start_at_mean is None
+        else start_at_mean,
         out=run,
         resume=resume,
         overwrite=overwrite,
@@ -124,6 +140,14 @@ def fit(
     _evaluate(run, built, splits.test, num_particles)
     _figures(run, built, splits.test, fitted.history)
     _say(f"run directory: {run}")
+
+
+def _fit(program: Program, train: InMemory, *, out: Path, **options: Any) -> pyro_vae.training.Fitted:
+    try:
+        return pyro_vae.fit(program, train, out=out, **options)
+    except KeyboardInterrupt:
+        print(f"\npyro-vae: interrupted; go on with: pyro-vae fit --resume --out {out}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -148,7 +172,9 @@ def evaluate(
 def sample(
     run: Run,
     n: Annotated[int, _option("Number of samples.", "--n")] = 64,
-    out: Annotated[Path, _option("A picture (.png, .pdf, .svg) of means, or an array (.npy) of draws.")] = Path("samples.png"),
+    out: Annotated[Path, _option("A picture (.png, .pdf, .svg) of means, or an array (.npy) of draws.")] = Path(
+        "samples.png"
+    ),
     seed: Annotated[int, _option("Seed of the samples.")] = 0,
     device: Device = "auto",
     trust: Trust = False,
@@ -175,13 +201,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; errors that the user can mend are one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
     sys.path.append(str(Path.cwd()))  # where the user's own components are
+    arguments = arguments or ["--help"]
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        warnings.showwarning = _show_warning
         try:
             sys.exit(app(_expanded(arguments), prog_name="pyro-vae", standalone_mode=False))
-        except KeyboardInterrupt:
-            _say("interrupted; the checkpoint is written, and --resume goes on from it")
-            sys.exit(130)
         except Exception as error:
             expected = isinstance(error, ValueError | OSError | FloatingPointError | ImportError)
             usage = getattr(error, "format_message", None)  # what typer raises for wrong usage
@@ -203,10 +227,14 @@ def _expanded(arguments: list[str]) -> list[str]:
         return arguments
     config = runs.read_config(file)
     config.pop("recorded", None)
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in config.items() if value is not None]
+    given = [_flag(name.replace("_", "-"), value) for name, value in config.items() if value is not None]
     if any(_value_of(f"--{name}", arguments) is not None for name in _COMPONENTS):
         given = [text for text in given if not text.startswith("--program=")]
     return ["fit", *given, *arguments[1:]]
+
+
+def _flag(name: str, value: Any) -> str:
+    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
@@ -235,7 +263,7 @@ def _optimizer(text: str, trust: bool) -> Callable[..., Any]:
 def _load(run: Path, data: str | None, root: str | None, device: str, trust: bool) -> tuple[nn.Module, InMemory]:
     program = pyro_vae.load(run, trust=trust)
     config = runs.read_config(run)
-    asked = {name.removeprefix("data_"): config.get(name) for name in _DATA}
+    asked: Any = {name.removeprefix("data_"): config.get(name) for name in _DATA}
     asked["seed"] = asked["seed"] or 0
     asked |= {"data": data} if data else {}
     asked |= {"root": root} if root else {}
@@ -244,14 +272,16 @@ def _load(run: Path, data: str | None, root: str | None, device: str, trust: boo
     return _on(device, program), pyro_vae.data.load(**asked).test
 
 
-def _on(device: str, program: nn.Module) -> nn.Module:
+def _on(device: str, program: Program) -> nn.Module:
     from lightning.fabric import Fabric
 
     accelerator, _, index = device.partition(":")
     return program.to(Fabric(accelerator=accelerator, devices=[int(index)] if index else 1).device)
 
 
-def _evaluate(run: Path, program: nn.Module, test: InMemory, num_particles: int, seed: int = 0, write: bool = True) -> None:
+def _evaluate(
+    run: Path, program: Program, test: InMemory, num_particles: int, seed: int = 0, write: bool = True
+) -> None:
     with _progress(f"evaluation, {num_particles} particles") as advance:
         summary = evaluation.summarize(program, test, num_particles, seed=seed, advance=advance)
     nll = -summary.log_likelihood
@@ -282,7 +312,7 @@ def _table(metrics: dict[str, Any], num_data: int) -> None:
     Console().print(table)
 
 
-def _figures(run: Path, program: nn.Module, test: InMemory, history: Any) -> None:
+def _figures(run: Path, program: Program, test: InMemory, history: Any) -> None:
     originals = test[list(range(min(64, len(test))))]
     originals = originals if test.y is None else originals[0]
     means, _ = evaluation.sample(program, 64, test.event_shape, seed=0)
@@ -319,9 +349,9 @@ def _sizes(splits: Splits) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"pyro-vae: {text}", file=sys.stderr)
+    print(f"pyro-vae: {text}", flush=True)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     if issubclass(category, UserWarning):
-        _say(f"warning: {message}")
+        print(f"pyro-vae: warning: {message}", file=sys.stderr)

@@ -13,12 +13,12 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae.estimators import in_data_plate
-from pyro_vae.programs import num_inputs, placement, undisturbed
+from pyro_vae.programs import Program, num_inputs, placement, undisturbed
 
 __all__ = ["Batches", "InMemory", "Splits", "as_source", "check", "load", "to_float"]
 
@@ -74,7 +74,9 @@ class InMemory(Dataset):
             raise ValueError(f"binarize: expected values in [0, 1], got values from {low:g} to {high:g}")
         if how == "static":
             generator = torch.Generator().manual_seed(seed)
-            self.x = torch.cat([torch.bernoulli(to_float(part), generator=generator).bool() for part in self.x.split(4096)])
+            self.x = torch.cat(
+                [torch.bernoulli(to_float(part), generator=generator).bool() for part in self.x.split(4096)]
+            )
         elif how == "threshold":
             self.x = torch.cat([to_float(part) > 0.5 for part in self.x.split(4096)])
 
@@ -102,9 +104,11 @@ class InMemory(Dataset):
 
     @property
     def event_shape(self) -> tuple[int, ...]:
+        """Shape of one datum."""
         return tuple(self.x.shape[1:])
 
     def to(self, device: torch.device) -> InMemory:
+        """The same data on a device."""
         moved = object.__new__(InMemory)
         moved.__dict__.update(self.__dict__, x=self.x.to(device), y=None if self.y is None else self.y.to(device))
         return moved
@@ -150,12 +154,12 @@ def load(
 
     Example:
         >>> [len(split) for split in load("digits")]
-        [1258, 179, 360]
+        [1258, 180, 359]
     """
     name = str(data)
     if binarize is not None and binarize not in BINARIZATIONS:
         raise ValueError(f"binarize: expected one of {', '.join(BINARIZATIONS)}; got {binarize!r}")
-    held: tuple | None = None
+    held: tuple[Any, Any] | None = None
     if name == "digits":
         x, y = _digits()
     elif name in _TORCHVISION:
@@ -186,7 +190,9 @@ def _split(x, y, held, binarize, valid, test, seed, source) -> Splits:
     num_valid = _count("valid", (0.1 if held is None else 0) if valid is None else valid, len(x))
     num_test = _count("test", 0.2 if test is None else test, len(x)) if held is None else 0
     if num_valid + num_test >= len(x) or (held is None and num_test == 0):
-        raise ValueError(f"data: expected train and test data, got {len(x)} data with valid={num_valid}, test={num_test}")
+        raise ValueError(
+            f"data: expected train and test data, got {len(x)} data with valid={num_valid}, test={num_test}"
+        )
     order = torch.arange(len(x))
     if num_valid + num_test > 0:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
@@ -199,7 +205,7 @@ def _split(x, y, held, binarize, valid, test, seed, source) -> Splits:
 
     train = part(parts[0], binarize, 0)
     valid_data = part(parts[1], fixed, 1) if num_valid else None
-    test_data = part(parts[2], fixed, 2) if held is None else InMemory(*held, fixed, seed + 2, source)
+    test_data = part(parts[2], fixed, 2) if held is None else InMemory(held[0], held[1], fixed, seed + 2, source)
     return Splits(train, valid_data, test_data)
 
 
@@ -270,9 +276,11 @@ def _arrays(path: Path, arrays: dict[str, np.ndarray], labels: str | None) -> tu
     if labels and labels not in arrays:
         raise ValueError(f"data: {path}: expected an array {labels!r}, got {', '.join(arrays)}")
     y = next((arrays.pop(name) for name in label_names if name in arrays), None)
-    names = [name for name in ("x", "images") if name in arrays] or list(arrays)
+    names: list[str] = [name for name in ("x", "images") if name in arrays] or list(arrays)
     if len(names) != 1:
-        raise ValueError(f"data: {path}: expected one array, or one named x or images; got {', '.join(arrays) or 'none'}")
+        raise ValueError(
+            f"data: {path}: expected one array, or one named x or images; got {', '.join(arrays) or 'none'}"
+        )
     return arrays[names[0]], y
 
 
@@ -303,20 +311,19 @@ def _as_tensor(x: Any) -> Tensor:
 
 
 def to_float(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Data as floats: `uint8` is divided by 255, all else keeps its values.
+    """Data as floats of `dtype`: `uint8` is divided by 255, all else keeps its values.
+
+    Without `dtype`, floats stay of theirs and the rest gets torch's default.
 
     Example:
         >>> to_float(torch.tensor([51], dtype=torch.uint8))
         tensor([0.2000])
     """
-    dtype = dtype or torch.get_default_dtype()
+    dtype = dtype or (x.dtype if x.is_floating_point() else torch.get_default_dtype())
     return x.to(dtype).div_(255) if x.dtype == torch.uint8 else x.to(dtype)
 
 
-Source = InMemory | Dataset | DataLoader
-
-
-def as_source(data: Any) -> Source:
+def as_source(data: Any) -> Dataset | DataLoader:
     """A tensor, array, table, `(x, y)` pair, `Dataset` or `DataLoader` as something that batches are drawn from.
 
     Raises:
@@ -328,7 +335,7 @@ def as_source(data: Any) -> Source:
     """
     if isinstance(data, Dataset | DataLoader):
         return data
-    if isinstance(data, Splits) or isinstance(data, str | dict):
+    if isinstance(data, Splits | str | dict):
         raise ValueError(f"data: expected a tensor, array, Dataset or DataLoader, got {type(data).__name__}")
     if isinstance(data, tuple) and len(data) == 2:
         return InMemory(*data)
@@ -342,7 +349,8 @@ class Batches:
     """Batches of data on the program's device, one epoch at a time, in an order that the seed and the epoch fix.
 
     Args:
-        data: Anything that `as_source` takes. A `DataLoader` keeps its own batch size and order.
+        data: Anything that `as_source` takes. A `DataLoader` keeps its own batch size and order (and a run that was
+            stopped within an epoch of one that shuffles goes on with another order).
         program: The program, which says how many tensors of a batch it takes, and their device and dtype.
         batch_size: Data in a batch; the last one of an epoch may be smaller.
         seed: Seed of the order; None keeps the order of the data.
@@ -357,14 +365,15 @@ class Batches:
         [4, 4, 2]
     """
 
-    def __init__(self, data: Any, program: nn.Module, batch_size: int, seed: int | None = None):
-        self.source = as_source(data)
+    def __init__(self, data: Any, program: Program, batch_size: int, seed: int | None = None):
+        self.source: Any = as_source(data)
         self.device, self.dtype = placement(program)
         self.num_inputs = num_inputs(program)
         self.batch_size = batch_size
         self.seed = seed
+        sized = self.source.dataset if isinstance(self.source, DataLoader) else self.source
         try:
-            self.num_data = len(self.source.dataset if isinstance(self.source, DataLoader) else self.source)  # type: ignore[arg-type]
+            self.num_data = len(sized)
         except TypeError:
             raise ValueError("data: expected a Dataset or DataLoader with a length, got one without") from None
         if self.num_data == 0:
@@ -386,8 +395,11 @@ class Batches:
             return
         loader = self.source
         if not isinstance(loader, DataLoader):
-            sampler = self._order(epoch).tolist()
-            loader = DataLoader(self.source, batch_size=self.batch_size, sampler=sampler)
+            order, generator = (
+                self._order(epoch).tolist(),
+                torch.Generator(),
+            )  # else it would draw from the global state
+            loader = DataLoader(self.source, batch_size=self.batch_size, sampler=order, generator=generator)
         for number, batch in enumerate(loader):
             if number >= skip:
                 yield self._inputs(batch)
@@ -401,13 +413,15 @@ class Batches:
     def _inputs(self, batch: Any) -> tuple[Tensor, ...]:
         items = batch if isinstance(batch, tuple | list) else (batch,)
         if not all(isinstance(item, Tensor) for item in items):
-            raise ValueError(f"data: expected tensors in a batch, got {', '.join(type(item).__name__ for item in items)}")
+            raise ValueError(
+                f"data: expected tensors in a batch, got {', '.join(type(item).__name__ for item in items)}"
+            )
         x, *rest = (item.to(self.device, non_blocking=True) for item in items[: self.num_inputs])
         # Labels and other companions keep integer dtypes.
         return (to_float(x, self.dtype), *(r.to(self.dtype) if r.is_floating_point() else r for r in rest))
 
 
-def check(program: nn.Module, batches: Batches) -> None:
+def check(program: Program, batches: Batches) -> None:
     """Check shapes and values of the data against the program, before anything is computed from them.
 
     Args:
@@ -434,11 +448,13 @@ def check(program: nn.Module, batches: Batches) -> None:
         expected = getattr(getattr(program, "likelihood", None), "event_shape", None)
         if expected is not None and tuple(first[0].shape[1:]) != tuple(expected):
             raise ValueError(f"x: expected data of event shape {tuple(expected)}, got {tuple(first[0].shape[1:])}")
-        guide = poutine.trace(program.guide).get_trace(*first)  # type: ignore[arg-type]
-        model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*first)  # type: ignore[arg-type]
+        guide: Any = poutine.trace(program.guide).get_trace(*first)
+        model: Any = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*first)
         sites = [s for s in model.nodes.values() if s["type"] == "sample" and s["is_observed"] and in_data_plate(s)]
         if not sites:
-            raise ValueError(f'expected an observed site in a plate named "data" at dim=-1, got {list(model.nodes)[1:-1]}')
+            raise ValueError(
+                f'expected an observed site in a plate named "data" at dim=-1, got {list(model.nodes)[1:-1]}'
+            )
         for site in sites:
             wanted, got = tuple(site["fn"].batch_shape + site["fn"].event_shape), tuple(site["value"].shape)
             if wanted != got:

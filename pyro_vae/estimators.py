@@ -92,7 +92,7 @@ def in_data_plate(site: Any) -> bool:
     return any(frame.name == "data" for frame in site["cond_indep_stack"])
 
 
-def _sum_per_datum(trace: poutine.Trace, num_particles: int, observed: bool) -> Tensor:
+def _sum_per_datum(trace: Any, num_particles: int, observed: bool) -> Tensor:
     sites = [
         site
         for site in trace.nodes.values()
@@ -103,6 +103,8 @@ def _sum_per_datum(trace: poutine.Trace, num_particles: int, observed: bool) -> 
     ]
     if not sites:
         kind = "observed" if observed else "latent"
-        raise ValueError(f'expected {kind} sites in a plate named "data" at dim=-1, got sites {list(trace.nodes)[1:-1]}')
+        raise ValueError(
+            f'expected {kind} sites in a plate named "data" at dim=-1, got sites {list(trace.nodes)[1:-1]}'
+        )
     total = sum(scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"]) for site in sites)
     return torch.as_tensor(total).expand(num_particles, -1)

@@ -7,13 +7,23 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.data import Batches, as_source, check
 from pyro_vae.estimators import in_data_plate, log_probabilities
-from pyro_vae.programs import undisturbed
+from pyro_vae.programs import Program, undisturbed
 
-__all__ = ["Summary", "active_units", "elbo", "log_likelihood", "posterior_means", "rate_distortion", "reconstruct", "sample", "summarize"]
+__all__ = [
+    "Summary",
+    "active_units",
+    "elbo",
+    "log_likelihood",
+    "posterior_means",
+    "rate_distortion",
+    "reconstruct",
+    "sample",
+    "summarize",
+]
 
 _VALUES_AT_ONCE = 2**21  # decoder outputs in a pass: some 10 MB, which caches still hold in part
 _PARTICLES_AT_ONCE = 256  # enough that the encoder's pass over the batch costs nothing beside the decoder's
@@ -35,9 +45,7 @@ class Summary(NamedTuple):
     distortion: Tensor
 
 
-def summarize(
-    program: nn.Module, data: Any, num_particles: int = 5000, *, seed: int = 0, advance: Any = None
-) -> Summary:
+def summarize(program: Program, data: Any, num_particles: int = 5000, *, seed: int = 0, advance: Any = None) -> Summary:
     r"""Log-likelihood, ELBO, rate and distortion of each datum, from the same particles.
 
     .. math:: \log \hat p(x) = \log \tfrac1K \sum_k w_k, \quad R = \tfrac1K \sum_k \log \frac{q(z_k \mid x)}{p(z_k)},
@@ -77,10 +85,12 @@ def summarize(
     parts = []
     with undisturbed(program, seed), pyro.validation_enabled(False):
         for batch in batches.epoch(0):
-            log_sum, rate, distortion = (torch.full((len(batch[0]),), v, dtype=torch.float64) for v in (-torch.inf, 0, 0))
+            log_sum, rate, distortion = (
+                torch.full((len(batch[0]),), v, dtype=torch.float64) for v in (-torch.inf, 0, 0)
+            )
             for first in range(0, num_particles, at_once):
                 k = min(at_once, num_particles - first)
-                passed = log_probabilities(program.model, program.guide, *batch, num_particles=k)  # type: ignore[arg-type]
+                passed = log_probabilities(program.model, program.guide, *batch, num_particles=k)
                 prior, likelihood, posterior = (log_prob.cpu().double() for log_prob in passed)
                 log_sum = torch.logaddexp(log_sum, torch.logsumexp(prior + likelihood - posterior, 0))
                 rate += (posterior - prior).sum(0) / num_particles
@@ -92,7 +102,7 @@ def summarize(
     return Summary(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def log_likelihood(program: nn.Module, data: Any, num_particles: int = 5000, *, seed: int = 0) -> Tensor:
+def log_likelihood(program: Program, data: Any, num_particles: int = 5000, *, seed: int = 0) -> Tensor:
     r"""Importance-weighted estimate of each datum's log evidence, a lower bound in expectation that rises with K.
 
     .. math:: \log \hat p(x) = \log \tfrac1K \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}, \quad z_k \sim q(z \mid x)
@@ -120,7 +130,7 @@ def log_likelihood(program: nn.Module, data: Any, num_particles: int = 5000, *, 
     return summarize(program, data, num_particles, seed=seed).log_likelihood
 
 
-def elbo(program: nn.Module, data: Any, num_particles: int = 1, *, seed: int = 0) -> Tensor:
+def elbo(program: Program, data: Any, num_particles: int = 1, *, seed: int = 0) -> Tensor:
     r"""The evidence lower bound of each datum, with beta = 1.
 
     .. math:: \text{ELBO} = \tfrac1K \sum_k \log p(x, z_k) - \log q(z_k \mid x), \quad z_k \sim q(z \mid x)
@@ -148,7 +158,7 @@ def elbo(program: nn.Module, data: Any, num_particles: int = 1, *, seed: int = 0
     return summarize(program, data, num_particles, seed=seed).elbo
 
 
-def rate_distortion(program: nn.Module, data: Any, num_particles: int = 1, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+def rate_distortion(program: Program, data: Any, num_particles: int = 1, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     r"""Rate and distortion of each datum; their sum is minus the ELBO.
 
     .. math:: R = E_q[\log q(z \mid x) - \log p(z)], \qquad D = -E_q[\log p(x \mid z)]
@@ -178,7 +188,7 @@ def rate_distortion(program: nn.Module, data: Any, num_particles: int = 1, *, se
     return summary.rate, summary.distortion
 
 
-def posterior_means(program: nn.Module, data: Any, *, seed: int = 0) -> Tensor:
+def posterior_means(program: Program, data: Any, *, seed: int = 0) -> Tensor:
     """The posterior mean of each datum's latents, all local latent sites side by side.
 
     A posterior without a mean in closed form is averaged over 100 draws.
@@ -199,13 +209,15 @@ def posterior_means(program: nn.Module, data: Any, *, seed: int = 0) -> Tensor:
     means = []
     with undisturbed(program, seed), pyro.validation_enabled(False):
         for batch in _batches(program, data, 1).epoch(0):
-            trace = poutine.trace(program.guide).get_trace(*batch)  # type: ignore[arg-type]
+            trace: Any = poutine.trace(program.guide).get_trace(*batch)
             sites = [s for s in trace.nodes.values() if s["type"] == "sample" and in_data_plate(s)]
-            means.append(torch.cat([_mean(site["fn"]).flatten(1).cpu() for site in sites if not site["is_observed"]], 1))
+            means.append(
+                torch.cat([_mean(site["fn"]).flatten(1).cpu() for site in sites if not site["is_observed"]], 1)
+            )
     return torch.cat(means)
 
 
-def active_units(program: nn.Module, data: Any, threshold: float = 0.01) -> int:
+def active_units(program: Program, data: Any, threshold: float = 0.01) -> int:
     r"""The number of latent dimensions that the data move.
 
     .. math:: \#\{d : \operatorname{Var}_x(E_{q(z \mid x)}[z_d]) > \text{threshold}\}
@@ -226,7 +238,7 @@ def active_units(program: nn.Module, data: Any, threshold: float = 0.01) -> int:
     return int((posterior_means(program, data).var(0, correction=0) > threshold).sum())
 
 
-def sample(program: nn.Module, num_samples: int, event_shape: tuple[int, ...], *, seed: int | None = None) -> Any:
+def sample(program: Program, num_samples: int, event_shape: tuple[int, ...], *, seed: int | None = None) -> Any:
     """Draw data from the model: the means of p(x given z) at draws of z from the prior, and draws of x.
 
     Args:
@@ -251,12 +263,12 @@ def sample(program: nn.Module, num_samples: int, event_shape: tuple[int, ...], *
         raise ValueError(f"number of samples: expected a positive number, got {num_samples}")
     batches = Batches(torch.zeros(num_samples, *event_shape), program, num_samples)
     with undisturbed(program, seed):
-        trace = poutine.trace(poutine.uncondition(program.model)).get_trace(*next(batches.epoch(0)))  # type: ignore[arg-type]
+        trace: Any = poutine.trace(poutine.uncondition(program.model)).get_trace(*next(batches.epoch(0)))
         site = trace.nodes["x"]
         return _mean(site["fn"]).cpu(), site["value"].cpu()
 
 
-def reconstruct(program: nn.Module, data: Any, *, seed: int = 0) -> Tensor:
+def reconstruct(program: Program, data: Any, *, seed: int = 0) -> Tensor:
     """The mean of p(x given z) at one draw of z from each datum's posterior.
 
     Args:
@@ -275,8 +287,8 @@ def reconstruct(program: nn.Module, data: Any, *, seed: int = 0) -> Tensor:
     means = []
     with undisturbed(program, seed), pyro.validation_enabled(False):
         for batch in _batches(program, data, 1).epoch(0):
-            guide = poutine.trace(program.guide).get_trace(*batch)  # type: ignore[arg-type]
-            model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*batch)  # type: ignore[arg-type]
+            guide: Any = poutine.trace(program.guide).get_trace(*batch)
+            model: Any = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*batch)
             means.append(_mean(model.nodes["x"]["fn"]).cpu())
     return torch.cat(means)
 
@@ -288,7 +300,7 @@ def _mean(fn: Any) -> Tensor:
         return fn.sample((100,)).mean(0)
 
 
-def _batches(program: nn.Module, data: Any, particles: int) -> Batches:
+def _batches(program: Program, data: Any, particles: int) -> Batches:
     """Batches whose decoder outputs, all particles together, stay within bounds; the data are checked on the way."""
     source = as_source(data)
     batches = Batches(source, program, batch_size=1)

@@ -120,7 +120,7 @@ def write(value: Any, slot: str = "") -> str:
         slot: The slot whose names need no module in front.
 
     Raises:
-        ValueError: If an argument is no attribute.
+        ValueError: If an argument is no attribute, or the class cannot be imported.
 
     Example:
         >>> from pyro_vae.networks import MLP
@@ -159,10 +159,12 @@ def _arguments(given: Mapping[str, Any]) -> str:
 
 
 def _name(cls: Any, slot: str) -> str:
-    for module in _SLOTS[slot].modules if slot in _SLOTS else ():
-        if getattr(_import(module), cls.__name__, None) is cls:
-            return cls.__name__
-    return f"{cls.__module__}.{cls.__qualname__}"
+    name = cls.__name__
+    if any(getattr(_import(module), name, None) is cls for module in (_SLOTS[slot].modules if slot in _SLOTS else ())):
+        return name
+    if cls.__module__ == "__main__" or cls.__qualname__ != name:
+        raise ValueError(f"{cls.__qualname__} is not at the top of a module that can be imported")
+    return f"{cls.__module__}.{name}"
 
 
 def _build(node: ast.expr, slot: str, known: dict[str, Any], trust: bool) -> Any:
@@ -182,7 +184,11 @@ def _build(node: ast.expr, slot: str, known: dict[str, Any], trust: bool) -> Any
         elif name in known:
             given[name] = known[name]
     missing = [p.name for p in signature.parameters.values() if p.default is p.empty and p.name not in given]
-    missing = [n for n in missing if signature.parameters[n].kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
+    missing = [
+        n
+        for n in missing
+        if signature.parameters[n].kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    ]
     if missing:
         raise ValueError(f"{cls.__name__}: expected a value for {', '.join(missing)}; it takes {signature}")
     try:

@@ -74,7 +74,7 @@ class record(Messenger):
         >>> from pyro.infer import Trace_ELBO
         >>> vae, x = pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8)
         >>> with record() as recorded:
-        ...     loss = Trace_ELBO().loss(recorded.watch(vae.model), recorded.watch(vae.guide), x)
+        ...     loss = Trace_ELBO().loss(recorded.model(vae.model), recorded.guide(vae.guide), x)
         >>> torch.allclose((recorded.rate + recorded.distortion).sum(), torch.tensor(loss))
         True
     """
@@ -88,15 +88,21 @@ class record(Messenger):
         self._sites = []
         return super().__enter__()
 
-    def watch(self, program: Callable) -> Callable:
-        """The program itself, with its sites filed under its name, model or guide."""
+    def model(self, program: Callable) -> Callable:
+        """The model, with its sites filed as the model's."""
+        return self._filed(program, "model")
 
+    def guide(self, program: Callable) -> Callable:
+        """The guide, with its sites filed as the guide's."""
+        return self._filed(program, "guide")
+
+    def _filed(self, program: Callable, name: str) -> Callable:
         @functools.wraps(program)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            self._program = program.__name__
+        def filed(*args: Any, **kwargs: Any) -> Any:
+            self._program = name
             return program(*args, **kwargs)
 
-        return watched
+        return filed
 
     def _pyro_post_sample(self, msg: Any) -> None:
         # The outermost handler comes first after a site has run. What it computes here is in the message that the
@@ -116,20 +122,25 @@ class record(Messenger):
 
     @property
     def rate(self) -> Tensor:
+        """Log q(z given x) - log p(z), of shape `(B,)`."""
         return -self._log_prob("model", observed=False) + self._log_prob("guide", observed=False)
 
     @property
     def distortion(self) -> Tensor:
+        """Minus log p(x given z), of shape `(B,)`."""
         return -self._log_prob("model", observed=True)
 
     @property
     def num_data(self) -> int:
-        return next(iter(self._frames())).full_size
+        """Size of the data set behind the batch."""
+        return self._frames()[0].full_size
 
     def _frames(self) -> list[Any]:
         frames = [f for _, msg in self._sites for f in msg["cond_indep_stack"] if f.name == "data"]
         if not frames:
-            raise ValueError(f'expected sites in a plate named "data" at dim=-1, got {[m["name"] for _, m in self._sites]}')
+            raise ValueError(
+                f'expected sites in a plate named "data" at dim=-1, got {[m["name"] for _, m in self._sites]}'
+            )
         return frames
 
     def _log_prob(self, program: str, observed: bool) -> Tensor:

@@ -17,7 +17,7 @@ class MLP(nn.Module):
 
     .. math:: h_0 = x, \quad h_i = a(W_i h_{i-1} + b_i), \quad y = W_{n+1} h_n + b_{n+1}
 
-    Weights start at Glorot and Bengio's uniform with the gain of the activation, biases at zero.
+    Weights start at Glorot and Bengio's uniform, biases at zero.
 
     Args:
         in_features: Number of inputs, or the shape of one input, which is then flattened. Given a number,
@@ -60,11 +60,16 @@ class MLP(nn.Module):
             raise ValueError(f"MLP: expected positive sizes, got {in_features=}, {out_features=}, {hidden=}")
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
-            layers += [_linear(fan_in, fan_out, activation), _activation(activation)]
-        _xavier(layers[-2], "linear")
+            layers += [_linear(fan_in, fan_out), _activation(activation)]
         self.layers = nn.Sequential(*layers[:-1])
 
+    @property
+    def output_bias(self) -> Tensor:
+        """Bias of the last layer, of shape `(out_features,)`."""
+        return self.layers[-1].bias  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> Tensor:
+        """The outputs, of shape `(*, out_features)`."""
         return self.layers(self._flatten(x))
 
     def _flatten(self, x: Tensor) -> Tensor:
@@ -85,21 +90,16 @@ def _activation(name: str) -> nn.Module:
     return getattr(nn, known[name])()
 
 
-def _linear(fan_in: int, fan_out: int, activation: str) -> nn.Linear:
-    return _xavier(nn.Linear(fan_in, fan_out), activation)
-
-
-def _xavier(layer, activation: str):
-    try:
-        gain = nn.init.calculate_gain(activation)  # type: ignore[arg-type]
-    except ValueError:  # torch knows the gain of the classic activations only
-        gain = 1.0
-    nn.init.xavier_uniform_(layer.weight, gain)
+def _linear(fan_in: int, fan_out: int) -> nn.Linear:
+    layer = nn.Linear(fan_in, fan_out)
+    nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def split_parameters(output: Tensor, leading: Sequence[int], num_params: int, shape: Sequence[int]) -> tuple[Tensor, ...]:
+def split_parameters(
+    output: Tensor, leading: Sequence[int], num_params: int, shape: Sequence[int]
+) -> tuple[Tensor, ...]:
     """Split a network's output into the `num_params` parameters of a distribution, each `(*leading, *shape)`.
 
     Args:

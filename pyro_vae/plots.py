@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,11 @@ def training_curve(history: pd.DataFrame) -> Figure:
     parts.plot(history.epoch, history.distortion, label="distortion", color="C2")
     parts.plot(history.epoch, history.rate, label="rate", color="C3")
     beta.plot(history.epoch, history.beta, color="C4")
-    for axes, title in ((elbo, "ELBO (nats per datum)"), (parts, "rate and distortion (nats per datum)"), (beta, "beta")):
+    for axes, title in (
+        (elbo, "ELBO (nats per datum)"),
+        (parts, "rate and distortion (nats per datum)"),
+        (beta, "beta"),
+    ):
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
     elbo.legend()
@@ -64,7 +68,7 @@ def image_grid(x: Tensor, columns: int = 8) -> Figure:
     if not is_image(tuple(x.shape[1:])):
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots()
-        drawn = axes.imshow(x.flatten(1), aspect="auto", interpolation="nearest")
+        drawn = axes.imshow(x.flatten(1).numpy(), aspect="auto", interpolation="nearest")
         axes.set(xlabel="dimension", ylabel="datum")
         figure.colorbar(drawn)
         return figure
@@ -74,7 +78,7 @@ def image_grid(x: Tensor, columns: int = 8) -> Figure:
     inches = 5.0 / max(grid.shape[1:])
     figure = Figure(figsize=(inches * grid.shape[2], inches * grid.shape[1]), dpi=200)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+    axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set_axis_off()
     return figure
 
@@ -121,15 +125,14 @@ def latent_space(means: Tensor, labels: Tensor | None = None) -> Figure:
         names = [f"principal component {i + 1} ({share:.0%})" for i, share in enumerate(pca.explained_variance_ratio_)]
     figure = Figure(figsize=(5.6, 5), layout="constrained")
     axes = figure.subplots()
+    style: Any = {"s": 4, "alpha": 0.6, "edgecolors": "none"}
     kinds = [] if labels is None else labels.unique().tolist()
-    if 1 < len(kinds) <= 20:
-        for index, kind in enumerate(kinds):
-            chosen = (labels == kind).numpy()
-            colour = f"C{index}" if len(kinds) <= 10 else None
-            axes.scatter(*points[chosen].T, s=4, alpha=0.6, color=colour, label=str(kind), edgecolors="none")
+    if 1 < len(kinds) <= 10:
+        for kind in kinds:
+            axes.scatter(*points[(labels == kind).numpy()].T, label=str(kind), **style)
         axes.legend(markerscale=3, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
-        axes.scatter(*points.T, s=4, alpha=0.6, c=None if labels is None else labels.numpy(), edgecolors="none")
+        axes.scatter(*points.T, c=None if labels is None else labels.numpy(), **style)
     axes.set(xlabel=names[0], ylabel=names[1], title="posterior means")
     return figure
 

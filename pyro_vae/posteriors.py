@@ -45,6 +45,7 @@ class DiagonalNormal(nn.Module):
         self.latent = latent
 
     def forward(self, x: Tensor) -> dist.Distribution:
+        """The posterior q(z given x)."""
         output = self.net(x)
         loc, log_variance = split_parameters(output, output.shape[:-1], self.num_params, (self.latent,))
         return dist.Normal(loc, scale(log_variance)).to_event(1)

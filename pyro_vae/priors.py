@@ -43,7 +43,9 @@ class StandardNormal(nn.Module):
         self.register_buffer("scale", torch.ones(latent), persistent=False)
 
     def forward(self) -> dist.Distribution:
+        """The prior p(z)."""
         return dist.Normal(self.loc, self.scale).to_event(1)
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"latent={self.latent}"

@@ -5,13 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
 
 import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
-__all__ = ["VAE", "declare_parameters", "num_inputs", "placement", "undisturbed"]
+__all__ = ["VAE", "Program", "declare_parameters", "num_inputs", "placement", "undisturbed"]
+
+
+Program: TypeAlias = Any
+"""Any `nn.Module` with Pyro programs `model(*batch)` and `guide(*batch)`; Python's types have no word for it."""
 
 
 class VAE(nn.Module):
@@ -46,12 +51,14 @@ class VAE(nn.Module):
         self.posterior = posterior
 
     def model(self, x: Tensor) -> None:
+        """The joint density p(z) p(x given z)."""
         declare_parameters(self)
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", self.prior())
             pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> None:
+        """The posterior q(z given x)."""
         declare_parameters(self)
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("z", self.posterior(x))
@@ -80,7 +87,7 @@ def declare_parameters(module: nn.Module) -> None:
                 pyro.param(f"{type(module).__name__}.{name}@{id(parameter):x}", parameter)
 
 
-def num_inputs(program: nn.Module) -> int:
+def num_inputs(program: Program) -> int:
     """How many tensors of a batch the program takes: the arguments that its `model` must be given.
 
     Example:
@@ -94,7 +101,7 @@ def num_inputs(program: nn.Module) -> int:
     return sum(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
 
 
-def placement(program: nn.Module) -> tuple[torch.device, torch.dtype]:
+def placement(program: Program) -> tuple[torch.device, torch.dtype]:
     """Device and floating dtype of the program's first parameter (or buffer), which its data must share.
 
     Example:
@@ -108,7 +115,7 @@ def placement(program: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 @contextmanager
-def undisturbed(program: nn.Module, seed: int | None = None) -> Iterator[None]:
+def undisturbed(program: Program, seed: int | None = None) -> Iterator[None]:
     """Run the program in eval mode without gradients, and leave modes, RNG state and param store as they were.
 
     Args:

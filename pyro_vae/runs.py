@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyro_vae import expressions
+from pyro_vae.programs import Program
 
 __all__ = [
     "check_free",
@@ -49,7 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -115,7 +116,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def weights(program: nn.Module) -> dict[str, Tensor]:
+def weights(program: Program) -> dict[str, Tensor]:
     """The program's weights and buffers on the CPU; shared ones are copied, since safetensors has no aliases."""
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in program.state_dict().items()}
 
@@ -145,7 +146,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(meta)
 
 
-def load_weights(program: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def load_weights(program: Program, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy weights into the program.
 
     Raises:
@@ -161,7 +162,7 @@ def load_weights(program: nn.Module, tensors: Mapping[str, Tensor], path: Path) 
     program.load_state_dict(tensors)
 
 
-def load(run: str | os.PathLike, *, trust: bool = False, program: nn.Module | None = None) -> nn.Module:
+def load(run: str | os.PathLike, *, trust: bool = False, program: Program | None = None) -> nn.Module:
     """Give back the program of a run directory, with its trained weights, in eval mode.
 
     Args:
@@ -185,12 +186,13 @@ def load(run: str | os.PathLike, *, trust: bool = False, program: nn.Module | No
     config = read_config(run)
     if program is None:
         if not isinstance(config.get("program"), str):
-            raise ValueError(f"{run}: its configuration cannot rebuild the program; give it with load(run, program=...)")
+            raise ValueError(
+                f"{run}: its configuration cannot rebuild the program; give it with load(run, program=...)"
+            )
         program = expressions.parse(config["program"], "program", trust=trust)
     path = run / MODEL
     tensors, _ = read_checkpoint(path)
+    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    program.to(dtypes[0] if dtypes else None)
     load_weights(program, tensors, path)
-    for name, parameter in program.named_parameters():
-        if name in tensors and parameter.dtype != tensors[name].dtype:
-            parameter.data = tensors[name]
     return program.eval()

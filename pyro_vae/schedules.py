@@ -37,6 +37,7 @@ class Constant(Schedule):
     value: float = 1.0
 
     def __call__(self, progress: float) -> float:
+        """The constant."""
         return self.value
 
 
@@ -180,6 +181,7 @@ class Cyclical(Schedule):
         Linear(self.fraction)  # which checks the fraction
 
     def __call__(self, progress: float) -> float:
+        """The value at `progress` in [0, 1]."""
         position = progress * self.cycles
         cycle = min(math.floor(position), self.cycles - 1)  # the run's end belongs to its last cycle
         return Linear(self.fraction, self.start, self.end)(position - cycle)

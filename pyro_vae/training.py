@@ -22,7 +22,8 @@ from pyro.infer import ELBO, Trace_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
 
 from pyro_vae import evaluation, expressions, handlers, runs
-from pyro_vae.data import Batches, InMemory, as_source, check
+from pyro_vae.data import Batches, as_source, check
+from pyro_vae.programs import Program, undisturbed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,18 +67,17 @@ class Step:
 class _Objective(nn.Module):
     """Program and estimator as one module, whose output is what there is to differentiate."""
 
-    def __init__(self, program: nn.Module, estimator: ELBO):
+    def __init__(self, program: Program, estimator: ELBO):
         super().__init__()
         self.program = program
-        self.estimator = estimator
+        self.estimator: Any = estimator
         self.recorded = handlers.record()
         # The program's own param store: some estimators keep state there, and none of it may reach Pyro's.
-        self.param_store: dict[str, dict] = {"params": {}, "constraints": {}}
+        self.param_store: Any = {"params": {}, "constraints": {}}
 
     def forward(self, beta: float, *batch: Tensor) -> Any:
-        recorded, model, guide = self.recorded, self.program.model, self.program.guide
-        programs = recorded.watch(model), recorded.watch(guide)
-        with pyro.get_param_store().scope(self.param_store), handlers.beta(beta), recorded:
+        programs = self.recorded.model(self.program.model), self.recorded.guide(self.program.guide)
+        with pyro.get_param_store().scope(self.param_store), handlers.beta(beta), self.recorded:
             if hasattr(self.estimator, "differentiable_loss"):
                 return self.estimator.differentiable_loss(*programs, *batch)
             # The others call backward themselves, and only where param sites are collected.
@@ -94,7 +94,7 @@ class Training:
 
     def __init__(
         self,
-        program: nn.Module,
+        program: Program,
         data: Any,
         *,
         estimator: ELBO | None = None,
@@ -107,6 +107,7 @@ class Training:
         device: str = "auto",
         precision: str = "32-true",
         seed: int | None = None,
+        start_at_mean: bool = False,
     ):
         from lightning.fabric import Fabric, seed_everything
 
@@ -120,22 +121,26 @@ class Training:
                 f"the run ends with beta = {anneal(1.0):g} < 1, so its loss is no bound on the evidence", stacklevel=3
             )
         accelerator, _, index = device.partition(":")
-        fabric = Fabric(accelerator=accelerator, devices=[int(index)] if index else 1, precision=precision)  # type: ignore[arg-type]
+        devices = [int(index)] if index else 1
+        fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)  # type: ignore[arg-type]
         if seed is not None:
             seed_everything(seed, verbose=False)
 
         self.program = program
-        self.objective = fabric.setup_module(_Objective(program, estimator or Trace_ELBO()))
+        self.objective = _Objective(program, estimator or Trace_ELBO())
+        self._fabric_objective = fabric.setup_module(self.objective)
         order_seed = seed if seed is not None else int(torch.randint(2**31, ()))
         self.batches = Batches(data, program, batch_size, order_seed)
         check(program, self.batches)
+        if start_at_mean:
+            _start_at_mean(program, self.batches)
         parameters = [p for p in program.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError(f"{type(program).__name__} has no parameters to train")
         # The fused step is the same computation in one kernel; torch's own optimizers have it.
         fused = {"fused": True} if optimizer in (torch.optim.Adam, torch.optim.AdamW) else {}
         self.optimizer = optimizer(parameters, lr=lr, **fused)
-        self._fabric_optimizer = fabric.setup_optimizers(self.optimizer)
+        self._fabric_optimizer: Any = fabric.setup_optimizers(self.optimizer)
         self.total_steps = epochs * len(self.batches)
         self.scheduler = _lr_scheduler(self.optimizer, lr_schedule, lr, self.total_steps)
         self.fabric = fabric
@@ -151,18 +156,18 @@ class Training:
 
     def _take(self, epoch: int, batch: tuple[Tensor, ...]) -> Step:
         beta = self.anneal(self.step / self.total_steps)
-        recorded = self.objective.module.recorded
+        recorded = self.objective.recorded
         self.program.train()
         self._fabric_optimizer.zero_grad()
         # Pyro checks the first step; after that its checks, of a program that does not change, are left out.
         with pyro.validation_enabled(False) if self.step else nullcontext():
-            loss = self.objective(beta, *batch)
+            loss = self._fabric_objective(beta, *batch)
         num_data = recorded.num_data
         loss = loss / num_data
         rate, distortion = recorded.rate.mean(), recorded.distortion.mean()
         values = torch.stack([loss.detach().to(rate), rate, distortion]).tolist()
         # Tail-adaptive inference has no loss to report and gives infinity (Wang, Liu and Liu, 2018).
-        if not math.isfinite(values[0]) and not isinstance(self.objective.module.estimator, TraceTailAdaptive_ELBO):
+        if not math.isfinite(values[0]) and not isinstance(self.objective.estimator, TraceTailAdaptive_ELBO):
             where = recorded.first_nonfinite()
             raise NonFiniteError(f"the loss is {values[0]} at step {self.step + 1}; first site not finite: {where}")
         if loss.requires_grad:
@@ -181,14 +186,16 @@ class Training:
 
     def _check_parameters(self) -> None:
         own = {id(parameter) for parameter in self.program.parameters()}
-        for name, parameter in self.objective.module.param_store["params"].items():
+        for name, parameter in self.objective.param_store["params"].items():
             if id(parameter) not in own and not name.startswith("__"):  # baselines that estimators keep
                 raise ValueError(
-                    f"param site {name!r} is no (contiguous) parameter of {type(self.program).__name__} and would not be "
-                    "trained: make it an attribute, an nn.Parameter or a PyroParam"
+                    f"param site {name!r} is no (contiguous) parameter of {type(self.program).__name__} and would not "
+                    "be trained: make it an attribute, an nn.Parameter or a PyroParam"
                 )
         if all(parameter.grad is None for parameter in self.program.parameters()):
-            raise ValueError(f"no parameter of {type(self.program).__name__} has a gradient; does it call declare_parameters?")
+            raise ValueError(
+                f"no parameter of {type(self.program).__name__} has a gradient; does it call declare_parameters?"
+            )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain data from which the run goes on bit for bit."""
@@ -228,6 +235,17 @@ class Training:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.fabric.device)
 
 
+def _start_at_mean(program: Program, batches: Batches) -> None:
+    start_at = getattr(getattr(program, "likelihood", None), "start_at", None)
+    if start_at is None:
+        raise ValueError(
+            f"start_at_mean: expected a program whose likelihood has start_at(mean), got {type(program).__name__}"
+        )
+    with undisturbed(program):
+        total: Any = sum(batch[0].sum(0, dtype=torch.float32) for batch in batches.epoch(0))
+    start_at((total / batches.num_data).to(batches.dtype))
+
+
 def _lr_scheduler(optimizer: torch.optim.Optimizer, schedule: Any, lr: float, total_steps: int) -> Any:
     from torch.optim import lr_scheduler
 
@@ -241,13 +259,13 @@ def _lr_scheduler(optimizer: torch.optim.Optimizer, schedule: Any, lr: float, to
     return None if schedule is None else schedule(optimizer)
 
 
-def steps(program: nn.Module, data: Any, **options: Any) -> Iterator[Step]:
+def steps(program: Program, data: Any, **options: Any) -> Iterator[Step]:
     """Train a program step by step: a generator that yields after each, so that the caller's loop is the callback.
 
     Args:
         program: The program.
         data: Tensor, array, `(x, y)` pair, `Dataset` or `DataLoader`.
-        **options: The arguments of `fit` from `estimator` to `seed`, but for `valid`.
+        **options: The arguments of `fit` from `estimator` to `start_at_mean`, but for `valid`.
 
     Yields:
         A `Step`.
@@ -277,13 +295,13 @@ class Fitted:
         out: The run directory, or None.
     """
 
-    program: nn.Module
+    program: Program
     history: pd.DataFrame
     out: Path | None
 
 
 def fit(
-    program: nn.Module,
+    program: Program,
     data: Any,
     *,
     valid: Any = None,
@@ -297,6 +315,7 @@ def fit(
     device: str = "auto",
     precision: str = "32-true",
     seed: int | None = None,
+    start_at_mean: bool = False,
     out: str | os.PathLike | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -325,6 +344,8 @@ def fit(
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: Fabric's: "32-true", "bf16-mixed", "64-true", ...
         seed: Seed of all random numbers; None goes on from the current state.
+        start_at_mean: Whether to set the likelihood's output bias from the data's mean first. It saves the first
+            epochs, in which many latents are otherwise lost for good.
         out: Run directory to write; None writes nothing.
         resume: Go on from the checkpoint in `out`, bit for bit.
         overwrite: Replace a run in `out`.
@@ -368,6 +389,7 @@ def fit(
         "device": device,
         "precision": precision,
         "seed": seed,
+        "start_at_mean": start_at_mean,
     }
     training = Training(
         program,
@@ -382,6 +404,7 @@ def fit(
         device=device,
         precision=precision,
         seed=seed,
+        start_at_mean=start_at_mean,
     )
     history = _History()
     if folder is not None:
@@ -423,8 +446,8 @@ def _data_config(source: Any) -> dict[str, Any]:
 
 
 def _event_shape(training: Training) -> list[int]:
-    source = training.batches.source
-    return list(source.event_shape) if isinstance(source, InMemory) else list(next(training.batches.epoch(0))[0].shape[1:])
+    with undisturbed(training.program):
+        return list(next(training.batches.epoch(0))[0].shape[1:])
 
 
 def _save(folder: Path, training: Training, history: _History) -> None:
@@ -449,7 +472,7 @@ class _History:
         self.last = step
 
     def close_epoch(self, valid_elbo: float | None) -> None:
-        row = {name: self.sums[name] / self.sums["num_data"] for name in _AVERAGED}
+        row: dict[str, Any] = {name: self.sums[name] / self.sums["num_data"] for name in _AVERAGED}
         row |= {"epoch": self.last.epoch, "step": self.last.step, "beta": self.last.beta}
         row |= {"valid_elbo": valid_elbo, "seconds": self._seconds()}
         self.rows.append({name: row[name] for name in HISTORY})
@@ -474,7 +497,7 @@ class _History:
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Hold the first Ctrl-C back until the running step is done; a second one interrupts at once."""
-    pressed = []
+    pressed: list[bool] = []
     if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
         yield lambda: False
         return
@@ -504,7 +527,7 @@ def _progress_bar(training: Training, visible: bool) -> Iterator[Callable[[Step]
         TextColumn("{task.fields[rate]:.0f} steps/s  ELBO {task.fields[elbo]:.2f}  beta {task.fields[beta]:.2f}"),
         TimeRemainingColumn(),
     )
-    fields = {"epoch": 1, "epochs": training.epochs, "rate": 0.0, "elbo": math.nan, "beta": 1.0}
+    fields: Any = {"epoch": 1, "epochs": training.epochs, "rate": 0.0, "elbo": math.nan, "beta": 1.0}
     with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
         task = bar.add_task("", total=training.total_steps, completed=training.step, **fields)
         start, first, shown, elbo = time.perf_counter(), training.step, 0.0, math.nan

@@ -1,0 +1,273 @@
+"""The command, as a person would use it: in a process of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+import pyro_vae
+from pyro_vae import cli
+
+FIT = [
+    "fit",
+    "--data",
+    "digits",
+    "--epochs",
+    "2",
+    "--network",
+    "MLP(hidden=[16])",
+    "--latent",
+    "2",
+    "--num-particles",
+    "20",
+]
+
+
+def run(*arguments, cwd, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "pyro_vae", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capfd):
+    """The command in this process, which is faster: exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        path = list(sys.path)
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(argument) for argument in arguments])
+        sys.path[:] = path
+        out, err = capfd.readouterr()
+        return caught.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fitted")
+    done = run(*FIT, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_fit_writes_a_run_and_prints_a_table(fitted):
+    folder, done = fitted
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "runs/digits/config.yaml",
+        "runs/digits/model.safetensors",
+        "runs/digits/history.csv",
+        "runs/digits/metrics.json",
+        "runs/digits/checkpoint/last.safetensors",
+        *(f"runs/digits/figures/{name}.png" for name in ("training", "samples", "reconstructions", "latent_space")),
+    }
+    for word in ("NLL", "ELBO", "rate", "distortion", "active units", "nats per datum", "binarized dynamically"):
+        assert word in done.stdout
+    metrics = json.loads((folder / "runs/digits/metrics.json").read_text())
+    assert set(metrics) == {
+        "test_nll", "test_nll_se", "test_elbo", "rate", "distortion", "active_units", "num_particles",
+    }  # fmt: skip
+    assert metrics["test_elbo"] == pytest.approx(-metrics["rate"] - metrics["distortion"])
+    assert metrics["test_nll"] < -metrics["test_elbo"]
+    assert len(pd.read_csv(folder / "runs/digits/history.csv")) == 2
+
+
+def test_evaluate_and_sample_work_later(fitted, tmp_path):
+    folder, _ = fitted
+    path = folder / "runs/digits"
+    before = json.loads((path / "metrics.json").read_text())
+    done = run("evaluate", path, "--num-particles", "20", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((path / "metrics.json").read_text()) == before
+    run("evaluate", path, "--num-particles", "200", cwd=tmp_path)
+    assert json.loads((path / "metrics.json").read_text())["test_nll"] < before["test_nll"]
+    for name in ("samples.png", "samples.npy"):
+        assert run("sample", path, "--n", "9", "--out", name, cwd=tmp_path).returncode == 0
+    draws = np.load(tmp_path / "samples.npy")
+    assert draws.shape == (9, 1, 8, 8)
+    assert set(np.unique(draws)) == {0, 1}
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_configuration_repeats_the_run(fitted, call, tmp_path):
+    folder, _ = fitted
+    code, _, err = call(
+        "fit", "--config", folder / "runs/digits/config.yaml", "--out", "again", "--num-particles", "20"
+    )
+    assert code == 0, err
+    first, second = pyro_vae.load(folder / "runs/digits"), pyro_vae.load(tmp_path / "again")
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert a.equal(b)
+    config = [
+        yaml.safe_load((path / "config.yaml").read_text()) for path in (folder / "runs/digits", tmp_path / "again")
+    ]
+    assert config[0] == config[1]
+    code, _, err = call(
+        "fit",
+        "--config",
+        folder / "runs/digits/config.yaml",
+        "--out",
+        "wider",
+        "--latent",
+        "3",
+        "--num-particles",
+        "20",
+    )
+    assert code == 0, err
+    assert pyro_vae.load(tmp_path / "wider").prior.latent == 3
+
+
+def test_resume_goes_on_with_the_runs_own_configuration(call, tmp_path):
+    assert call(*FIT, "--out", "run")[0] == 0
+    assert call("fit", "--out", "run", "--resume", "--epochs", "4", "--num-particles", "20")[0] == 0
+    assert call(*FIT, "--out", "straight", "--epochs", "4")[0] == 0
+    first, second = pyro_vae.load(tmp_path / "run"), pyro_vae.load(tmp_path / "straight")
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert a.equal(b)
+    assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 4
+
+
+def test_files_of_ones_own(call, tmp_path):
+    np.save(tmp_path / "counts.npy", np.random.default_rng(0).integers(0, 2, (50, 7)))
+    code, out, err = call("fit", "--data", "counts.npy", "--batch-size", "10", *FIT[3:])
+    assert code == 0, err
+    assert "binarized" not in out
+    assert (tmp_path / "runs/counts/metrics.json").exists()
+    code, _, err = call("fit", "--data", "counts.npy", "--batch-size", "10", *FIT[3:])  # the first free name
+    assert code == 0, err
+    assert (tmp_path / "runs/counts-2/metrics.json").exists()
+    assert call("evaluate", "runs/counts", "--num-particles", "20")[0] == 0
+
+
+def test_components_of_ones_own(call, tmp_path):
+    (tmp_path / "my_components.py").write_text(
+        "from pyro_vae.priors import StandardNormal\nclass MyPrior(StandardNormal):\n"
+        "    def __init__(self, latent, width=1):\n        super().__init__(latent)\n        self.width = width\n"
+    )
+    code, _, err = call(*FIT, "--prior", "my_components.MyPrior(width=3)", "--out", "run")
+    assert code == 0, err
+    code, _, err = call("evaluate", "run", "--num-particles", "20")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--trust" in err
+    assert call("evaluate", "run", "--num-particles", "20", "--trust")[0] == 0
+    assert call("fit", "--config", "run/config.yaml", "--out", "again")[0] == 2
+    sys.modules.pop("my_components", None)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["fit", "--data", "mnits"], "expected one of digits, mnist, fashion_mnist, or a file"),
+    (["fit", "--data", "none.npy"], "no such file"),
+    (["fit", "--data", "mnist", "--data-root", "none"], r"MNIST/raw \(files train-images-idx3-ubyte"),
+    (["fit", "--data", "text.npy"], "array of numbers"),
+    (["fit", "--data", "junk.npy"], "holds no array"),
+    (["fit", "--data", "nan.npy"], "finite values, got 1 NaN"),
+    (["fit", "--data", "inf.npy"], "finite values, got 1 NaN or infinite"),
+    (["fit", "--data", "negative.npy"], "support of the Bernoulli likelihood .* would fit: Normal"),
+    (["fit", "--data", "counts.npy"], "would fit: Poisson"),
+    (["fit", "--data", "empty.npy"], "at least one datum"),
+    (["fit", "--batch-size", "2000"], r"expected 1 to 1258 \(the number of data\), got 2000"),
+    (["fit", "--batch-size", "0"], "batch size: expected 1 to 1258"),
+    (["fit", "--epochs", "0"], "positive epochs"),
+    (["fit", "--epochs", "many"], "valid integer"),
+    (["fit", "--lr", "0"], "positive epochs and lr"),
+    (["fit", "--latent", "0"], "positive sizes, got latent=0"),
+    (["fit", "--num-particles", "0"], "expected a positive number"),
+    (["fit", "--network", "MPL()"], "unknown name 'MPL'; there is MLP"),
+    (["fit", "--network", "MLP(hiden=[3])"], "it takes in_features, out_features, hidden, activation"),
+    (["fit", "--network", "MLP(hidden=[0])"], "expected positive sizes"),
+    (["fit", "--estimator", "ELBO()"], "there is .*Trace_ELBO"),
+    (["fit", "--anneal", "Lin(0.1)"], "there is Constant, Cosine"),
+    (["fit", "--optimizer", "Adan()"], "unknown name 'Adan'"),
+    (["fit", "--binarize", "often"], "one of dynamic, static, threshold"),
+    (["fit", "--lr-schedule", "warm"], "one of cosine, one-cycle"),
+    (["fit", "--device", "tpux"], "device|accelerator"),
+    (["fit", "--precision", "8"], "recision"),
+    (["fit", "--out", "taken"], "taken exists"),
+    (["fit", "--out", "taken", "--overwrite"], "no run directory"),
+    (["fit", "--out", "none", "--resume"], "expected a run"),
+    (["fit", "--config", "none.yaml"], "none.yaml"),
+    (["fit", "--program", "VAE()", "--latent", "3"], "--program or its parts"),
+    (["fit", "--program", "VAE()"], "expected a value for prior, likelihood, posterior"),
+    (["fit", "--frob", "1"], "No such option"),
+    (["evaluate", "none"], "expected a run directory"),
+    (["evaluate"], "Missing argument"),
+    (["sample", "none", "--out", "samples.txt"], "ends in .png"),
+    (["frob"], "No such command"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(call, tmp_path, arguments, message):
+    np.save(tmp_path / "text.npy", np.array(["a"] * 20))
+    (tmp_path / "junk.npy").write_bytes(b"junk")
+    x = np.full((300, 4), 0.5)
+    for name, value in {"nan": np.nan, "inf": np.inf, "negative": -1.0, "counts": 7.0}.items():
+        x[3, 2] = value
+        np.save(tmp_path / f"{name}.npy", x if name != "counts" else x.round() * 2 + 7)
+    np.save(tmp_path / "empty.npy", np.zeros((0, 4)))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("all of it")
+    before = set(tmp_path.rglob("*"))
+    code, _, err = call(*arguments)
+    assert code == 2
+    assert err.count("\n") == 1, err
+    assert re.search(message, err), err
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = run("fit", "--data", "mnits", "--debug", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_help_and_entry_point(call, tmp_path):
+    for arguments in (["--help"], [], ["fit", "--help"], ["evaluate", "--help"], ["sample", "--help"]):
+        code, out, _ = call(*arguments)
+        assert code == 0
+        assert "Usage: pyro-vae" in out
+    script = subprocess.run(["pyro-vae", "--help"], capture_output=True, text=True, check=True)
+    assert "fit" in script.stdout
+
+
+def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "pyro_vae", *FIT, "--epochs", "100000", "--out", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    history = tmp_path / "run" / "history.csv"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (history.exists() and history.read_text().count("\n") > 2):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "--resume" in err
+    epochs = len(pd.read_csv(history))
+    done = run("fit", "--out", "run", "--resume", "--epochs", str(epochs + 2), "--num-particles", "20", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(pd.read_csv(history)) == epochs + 2
+
+
+@pytest.mark.slow
+def test_mnist_end_to_end(mnist_root, tmp_path):
+    """Two epochs of the command in the README, on the real images; the long run stands in the README."""
+    done = run(
+        "fit", "--data", "mnist", "--data-root", mnist_root, "--binarize", "dynamic", "--latent", "50",
+        "--network", "MLP(hidden=[200, 200], activation='tanh')", "--epochs", "2", "--batch-size", "100",
+        "--lr", "2e-3", "--lr-schedule", "one-cycle", "--num-particles", "5", "--out", "run", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test_nll"] < 115
+    assert metrics["active_units"] > 10

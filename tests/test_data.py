@@ -1,0 +1,287 @@
+"""Loading, splits, binarization, batches and checks."""
+
+import struct
+import warnings
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import pyro_vae
+from pyro_vae.data import Batches, InMemory, as_source, check, load, to_float
+
+
+@pytest.fixture
+def vae():
+    return pyro_vae.build((8, 8), latent=2)
+
+
+def test_digits(digits):
+    assert [len(split) for split in digits] == [1258, 180, 359]
+    assert digits.train.event_shape == (1, 8, 8)
+    again = load("digits", binarize="dynamic")
+    assert torch.equal(again.train.x, digits.train.x)
+    assert not torch.equal(load("digits", binarize="dynamic", seed=1).train.x, digits.train.x)
+    # The splits share no datum and lose none.
+    rows = torch.cat([split.x.flatten(1) for split in load("digits")])
+    from sklearn.datasets import load_digits
+
+    expected = torch.as_tensor(load_digits().data, dtype=torch.float32) / 16
+    assert torch.equal(torch.sort(rows @ torch.arange(64.0))[0], torch.sort(expected @ torch.arange(64.0))[0])
+
+
+def test_dynamic_binarization_is_redrawn_for_training_and_fixed_for_testing(digits):
+    everything = list(range(100))
+    assert not torch.equal(digits.train[everything][0], digits.train[everything][0])
+    assert torch.equal(digits.test[everything][0], digits.test[everything][0])
+    assert torch.equal(digits.test.x, load("digits", binarize="dynamic").test.x)
+    assert not torch.equal(digits.test.x, load("digits", binarize="dynamic", seed=3).test.x)
+
+
+def test_binarization_draws_with_the_grey_values_as_probabilities():
+    """40,000 draws a level; false alarm 3e-4 for 5 levels at 4 standard errors, seed 0."""
+    levels = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0])
+    x = levels.expand(40_000, 5)
+    dynamic = InMemory(x, binarize="dynamic")[torch.arange(40_000)]
+    static = InMemory(x, binarize="static")[torch.arange(40_000)]
+    error = 4 * (levels * (1 - levels) / 40_000).sqrt() + 1e-9
+    for drawn in (dynamic, static):
+        assert ((drawn.mean(0) - levels).abs() <= error).all()
+    assert InMemory(x, binarize="threshold")[torch.tensor([0])].tolist() == [[0.0, 0.0, 0.0, 1.0, 1.0]]
+
+
+def test_compact_dtypes_are_kept_and_served_as_floats():
+    assert InMemory(np.array([[0, 51, 255]], dtype=np.uint8)).x.dtype == torch.uint8
+    assert InMemory(np.array([[0, 51, 255]], dtype=np.uint8))[0].tolist() == pytest.approx([0, 0.2, 1])
+    assert InMemory([[True, False]])[0].tolist() == [1, 0]
+    assert InMemory(np.array([[3, 7]], dtype=np.int64))[0].tolist() == [3, 7]
+    assert InMemory(np.array([[3, 70_000]], dtype=np.uint32))[0].tolist() == [3, 70_000]
+    assert InMemory(np.array([[1.5]], dtype=">f8"))[0].dtype == torch.float64
+    assert to_float(torch.tensor([1.0]), torch.float64).dtype == torch.float64
+    readonly = np.zeros((2, 2))
+    readonly.flags.writeable = False
+    assert len(InMemory(readonly)) == 2
+
+
+def test_float64_is_not_rounded_on_the_way(vae):
+    x = torch.rand(4, 8, 8, dtype=torch.float64)
+    (batch,) = next(Batches(x, vae.double(), 4).epoch(0))
+    assert torch.equal(batch, x)
+
+
+def test_mnist(mnist_root):
+    splits = load("mnist", root=mnist_root, binarize="dynamic")
+    assert (len(splits.train), splits.valid, len(splits.test)) == (60_000, None, 10_000)
+    assert (splits.train.x.dtype, splits.train.event_shape) == (torch.uint8, (1, 28, 28))
+    assert splits.train.y[:5].tolist() == [5, 0, 4, 1, 9]
+    assert len(load("mnist", root=mnist_root, valid=10_000).train) == 50_000
+
+
+def write_idx(folder, name, array):
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    (folder / name).write_bytes(header + array.tobytes())
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_torchvision_layout(tmp_path, name, folder):
+    raw = tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (7, 28, 28), dtype=np.uint8)
+    for part in ("train", "t10k"):
+        write_idx(raw, f"{part}-images-idx3-ubyte", images)
+        write_idx(raw, f"{part}-labels-idx1-ubyte", np.arange(7, dtype=np.uint8))
+    splits = load(name, root=tmp_path)
+    assert np.array_equal(splits.test.x[:, 0].numpy(), images)
+    assert splits.train.y.tolist() == list(range(7))
+
+
+def test_missing_data_set_names_files_and_folder(tmp_path, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    def offline(self):
+        (tmp_path / "none" / "MNIST" / "raw").mkdir(parents=True)
+        raise RuntimeError("no network\nat all")
+
+    monkeypatch.setattr(MNIST, "download", offline)
+    with pytest.raises(ValueError, match=r"MNIST.raw \(files train-images-idx3-ubyte.*--data-root"):
+        load("mnist", root=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_files(tmp_path):
+    x = np.random.default_rng(0).random((20, 6, 5))
+    np.save(tmp_path / "a.npy", x)
+    np.savez(tmp_path / "a.npz", images=x, labels=np.arange(20))
+    np.savez(tmp_path / "one.npz", anything=x)
+    frame = pd.DataFrame(x.reshape(20, 30), columns=[f"c{i}" for i in range(30)]).assign(kind=["a", "b"] * 10)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_parquet(tmp_path / "a.parquet")
+    for name in ("a.npy", "a.npz", "one.npz"):
+        splits = load(tmp_path / name)
+        assert [len(split) for split in splits] == [14, 2, 4]
+        assert splits.train.event_shape == (1, 6, 5)
+    labelled = load(tmp_path / "a.npz").train
+    assert np.array_equal(labelled.x[:, 0].numpy(), x[labelled.y.numpy()])
+    for name in ("a.csv", "a.parquet"):
+        table = load(tmp_path / name, labels="kind", valid=0, test=5)
+        assert (table.train.event_shape, table.valid, len(table.test)) == ((30,), None, 5)
+        assert set(table.train.y.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("no.npy", None, "no such file"),
+    ("bad.npy", b"hello", "holds no array"),
+    ("bad.npz", b"hello", "holds no array"),
+    ("bad.csv", b"", "holds no array"),
+    ("bad.csv", b"\xff\x00\x80", "holds no array"),
+    ("bad.csv", b"a,b\n1,2\nx,3\n", "text in a"),
+    ("bad.parquet", b"hello", "holds no array"),
+    ("bad.txt", b"hello", "ending in .npy, .npz, .csv, .parquet"),
+])  # fmt: skip
+def test_bad_files(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_arrays(tmp_path):
+    np.save(tmp_path / "text.npy", np.array(["a"] * 20))
+    np.save(tmp_path / "pickled.npy", np.array([{}] * 20), allow_pickle=True)
+    np.savez(tmp_path / "two.npz", a=np.zeros(3), b=np.zeros(3))
+    np.save(tmp_path / "nan.npy", np.full((20, 3), np.nan))
+    np.save(tmp_path / "empty.npy", np.zeros((0, 3)))
+    np.save(tmp_path / "three.npy", np.zeros((3, 3)))
+    for name, message in {
+        "text": "array of numbers",
+        "pickled": "pickled objects",
+        "two": "got a, b",
+        "nan": "finite values",
+        "empty": "at least one datum",
+    }.items():
+        suffix = "npz" if name == "two" else "npy"
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / f"{name}.{suffix}")
+    with pytest.raises(ValueError, match="train and test data"):
+        load(tmp_path / "three.npy", test=2, valid=1)
+    for unwanted in ({"binarize": "often"}, {"valid": -1}, {"test": 3000}):
+        with pytest.raises(ValueError, match=r"expected .* got"):
+            load("digits", **unwanted)
+    with pytest.raises(ValueError, match=r"\[0, 1\], got values from 3 to 3"):
+        InMemory(torch.full((2, 2), 3.0), binarize="dynamic")
+    with pytest.raises(ValueError, match="2 labels"):
+        InMemory(torch.zeros(2, 2), torch.zeros(3))
+
+
+class Pairs(Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        return torch.full((8, 8), i, dtype=torch.uint8), i
+
+
+@pytest.mark.parametrize("data", [
+    torch.zeros(10, 8, 8),
+    np.zeros((10, 8, 8)),
+    (torch.zeros(10, 8, 8), torch.arange(10)),
+    Pairs(),
+    TensorDataset(torch.zeros(10, 8, 8), torch.arange(10)),
+    DataLoader(Pairs(), batch_size=4),
+    DataLoader(InMemory(torch.zeros(10, 8, 8), torch.arange(10)), batch_size=4),
+])  # fmt: skip
+def test_batches_of_anything(data, vae):
+    batches = Batches(data, vae, batch_size=4, seed=0)
+    assert len(batches) == 3
+    got = list(batches.epoch(0))
+    assert [len(x) for (x,) in got] == [4, 4, 2]  # and the labels, that the program does not take, are gone
+    assert all(x.dtype == torch.float32 and x.shape[1:] == (8, 8) and x.max() <= 1 for (x,) in got)
+    assert len(list(batches.epoch(0, skip=2))) == 1
+
+
+@pytest.mark.parametrize("data", [InMemory(torch.arange(100.0)[:, None]), TensorDataset(torch.arange(100.0)[:, None])])
+def test_the_order_is_fixed_by_seed_and_epoch(data):
+    program = pyro_vae.build((1,), latent=1)
+
+    def order(seed, epoch):
+        return torch.cat([x for (x,) in Batches(data, program, 30, seed).epoch(epoch)]).flatten().tolist()
+
+    assert order(None, 3) == list(range(100))
+    assert order(0, 3) == order(0, 3)
+    assert sorted(order(0, 3)) == list(range(100))
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
+
+
+def test_a_program_of_two_inputs_gets_the_labels():
+    class Conditional(nn.Module):
+        def model(self, x, y): ...
+
+        guide = model
+
+    x, y = next(Batches((torch.zeros(4, 2), torch.arange(4)), Conditional(), 4).epoch(0))
+    assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    ("digits", "got str"),
+    (torch.zeros(0, 8, 8), "at least one datum"),
+    (torch.full((4, 8, 8), torch.inf), "finite values, got 256"),
+    (torch.zeros(3, 8, 8), "expected 1 to 3"),
+    (np.array(["a"]), "array of numbers"),
+    (object(), "array of numbers"),
+])  # fmt: skip
+def test_bad_data(data, message, vae):
+    with pytest.raises(ValueError, match=message):
+        Batches(as_source(data), vae, 4)
+
+
+def test_a_loader_of_something_else(vae):
+    loader = DataLoader([{"x": torch.zeros(8, 8)}] * 4, batch_size=2)
+    with pytest.raises(ValueError, match="expected tensors in a batch, got dict"):
+        next(Batches(loader, vae, 2).epoch(0))
+
+
+@pytest.mark.parametrize(("x", "message"), [
+    (torch.zeros(20, 8, 9), r"event shape \(8, 8\), got \(8, 9\)"),
+    (torch.zeros(20, 1, 8, 8), r"event shape \(8, 8\), got \(1, 8, 8\)"),
+    (torch.full((20, 8, 8), -1.0), "from -1 to -1; a likelihood that would fit: Normal"),
+    (torch.cat([torch.zeros(19, 8, 8), torch.full((1, 8, 8), 7.0)]), "would fit: Poisson, Normal"),
+])  # fmt: skip
+def test_check_refuses(x, message, vae):
+    with pytest.raises(ValueError, match=message):
+        check(vae, Batches(x, vae, 10))
+
+
+def test_check_warns_of_grey_values_once_and_only_then(vae):
+    grey, binary = torch.rand(20, 8, 8), torch.rand(20, 8, 8).round()
+    grey[:10] = 0  # not to be seen in the first batch
+    with pytest.warns(UserWarning, match="grey values under a Bernoulli") as caught:
+        check(vae, Batches(grey, vae, 10))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(vae, Batches(binary, vae, 10))
+        check(vae, Batches(InMemory(grey, binarize="dynamic"), vae, 10))
+
+
+def test_check_of_a_hand_written_program():
+    class Broadcasts(nn.Module):
+        """Its likelihood is of shape (B, 1), its data of shape (B, 3): Pyro would broadcast."""
+
+        def model(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z[:, None], 1.0).to_event(1), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(x[:, 0], 1.0))
+
+    with pytest.raises(ValueError, match=r"x: expected data of shape \(4, 1\), got \(4, 3\)"):
+        check(Broadcasts(), Batches(torch.zeros(4, 3), Broadcasts(), 4))

@@ -1,0 +1,143 @@
+"""Evaluation against exact evidence, and without a trace of its having run."""
+
+import subprocess
+import sys
+
+import pyro
+import pytest
+import torch
+from oracles import LinearGaussian, Mixture, TwoLatents
+from pyro.distributions import Normal
+from torch import nn
+
+import pyro_vae
+from pyro_vae import evaluation
+
+
+def test_log_likelihood_is_exact_at_the_exact_posterior(monkeypatch):
+    monkeypatch.setattr(evaluation, "_VALUES_AT_ONCE", 3 * 4 * 2)  # several batches, the last one smaller
+    monkeypatch.setattr(evaluation, "_PARTICLES_AT_ONCE", 4)  # several passes, the last one smaller
+    program, x = LinearGaussian(), torch.randn(5, 3, dtype=torch.float64)
+    got = evaluation.log_likelihood(program, x, num_particles=10)
+    torch.testing.assert_close(got, program.evidence(x).detach(), rtol=0, atol=1e-10)
+
+
+def test_log_likelihood_converges_off_the_posterior():
+    """4 data, 20,000 particles, bias below 1e-3, standard error about 0.005; the tolerance is 5 of these, seed 0."""
+    program, x = LinearGaussian(scale=1.2), torch.randn(4, 3, dtype=torch.float64)
+    got = evaluation.log_likelihood(program, x, num_particles=20_000)
+    torch.testing.assert_close(got, program.evidence(x).detach(), rtol=0, atol=0.025)
+
+
+def test_log_likelihood_of_a_discrete_model():
+    """Off by more than 0.05 nats with probability below 1e-6 at 20,000 particles, seed 0."""
+    program, x = Mixture(), torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    got = evaluation.log_likelihood(program, x, num_particles=20_000)
+    torch.testing.assert_close(got, program.evidence(x).detach(), rtol=0, atol=0.05)
+
+
+def test_rate_distortion_and_elbo():
+    """Means of 50,000 draws against closed forms; standard errors below 0.01, tolerance 0.05, seed 0."""
+    program, x = LinearGaussian(scale=1.3), torch.randn(4, 3, dtype=torch.float64)
+    summary = evaluation.summarize(program, x, 50_000)
+    torch.testing.assert_close(summary.rate, program.rate(x).detach(), rtol=0, atol=0.05)
+    torch.testing.assert_close(summary.distortion, program.distortion(x).detach(), rtol=0, atol=0.05)
+    torch.testing.assert_close(summary.elbo, -(summary.rate + summary.distortion))
+    assert (summary.elbo < program.evidence(x)).all()
+    rate, distortion = evaluation.rate_distortion(program, x, 10)
+    torch.testing.assert_close(evaluation.elbo(program, x, 10), -(rate + distortion))
+
+
+def test_the_bound_rises_with_particles():
+    program, x = LinearGaussian(scale=1.5), torch.randn(200, 3, dtype=torch.float64)
+    bounds = [evaluation.log_likelihood(program, x, k).mean().item() for k in (1, 10, 1000)]
+    assert bounds[0] < bounds[1] < bounds[2] < program.evidence(x).mean().item() + 0.02
+
+
+def test_active_units_counts_what_the_data_move():
+    class Program(nn.Module):
+        def __init__(self):
+            super().__init__()
+            # Posterior means are x times these; x has variance 1, and 0.01 is the threshold.
+            self.weight = nn.Parameter(torch.tensor([1.0, 0.11, 0.09, 0.0]))
+
+        def model(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", Normal(0.0, 1.0).expand([4]).to_event(1))
+                pyro.sample("x", Normal(z[..., :1], 1.0).to_event(1), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", Normal(x * self.weight + 3.0, 1.0).to_event(1))
+
+    x = torch.tensor([[-1.0], [1.0]]).repeat(50, 1)
+    assert evaluation.active_units(Program(), x) == 2
+    assert evaluation.active_units(Program(), x, threshold=0.001) == 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda program, x: evaluation.log_likelihood(program, x, 3),
+        lambda program, x: evaluation.elbo(program, x),
+        lambda program, x: evaluation.active_units(program, x),
+        lambda program, x: evaluation.reconstruct(program, x),
+        lambda program, x: evaluation.sample(program, 3, (8, 8)),
+    ],
+)
+def test_everything_is_left_as_it_was(call):
+    program = pyro_vae.build((8, 8), latent=2)
+    program.posterior.net.layers.append(nn.Dropout(0.5))
+    program.train()
+    program.prior.eval()
+    x = torch.rand(6, 8, 8).round()
+    weights = {name: tensor.clone() for name, tensor in program.state_dict().items()}
+    modes = [module.training for module in program.modules()]
+    rng = torch.get_rng_state()
+    first, second = call(program, x), call(program, x)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert [module.training for module in program.modules()] == modes
+    assert all(torch.equal(weights[name], tensor) for name, tensor in program.state_dict().items())
+    assert all(parameter.grad is None for parameter in program.parameters())
+    first, second = (value if isinstance(value, tuple) else (value,) for value in (first, second))
+    assert all(torch.as_tensor(a).equal(torch.as_tensor(b)) for a, b in zip(first, second, strict=True))
+
+
+def test_hand_written_programs_of_two_latent_sites():
+    program, x = TwoLatents(), torch.rand(10, 64).round()
+    assert (evaluation.elbo(program, x, 500) < evaluation.log_likelihood(program, x, 500)).all()
+    assert evaluation.posterior_means(program, x).shape == (10, 4 + 2)
+    assert evaluation.reconstruct(program, x).shape == (10, 64)
+
+
+def test_bad_numbers_are_refused():
+    vae, x = pyro_vae.build((8, 8), latent=2), torch.zeros(3, 8, 8)
+    with pytest.raises(ValueError, match="num_particles: expected a positive number, got 0"):
+        evaluation.log_likelihood(vae, x, 0)
+    with pytest.raises(ValueError, match="number of samples"):
+        evaluation.sample(vae, 0, (8, 8))
+    with pytest.raises(ValueError, match=r"event shape \(8, 8\), got \(8, 9\)"):
+        evaluation.elbo(vae, torch.zeros(3, 8, 9))
+
+
+@pytest.mark.slow
+def test_memory_does_not_follow_particles_or_data():
+    """Peak memory of 50 particles and of 5,000, of 500 data and of 5,000, in processes of their own."""
+    script = """
+import resource, sys, torch, pyro_vae
+from pyro_vae import evaluation
+vae = pyro_vae.build((784,), latent=10)
+evaluation.log_likelihood(vae, torch.zeros(8, 784), 8)
+evaluation.log_likelihood(vae, torch.zeros(int(sys.argv[1]), 784), int(sys.argv[2]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+    def peak(*arguments):
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        return float(
+            subprocess.run(command, check=True, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"}).stdout
+        )
+
+    base = peak(50, 50)
+    assert peak(50, 5000) < base + 60
+    assert peak(1000, 50) < base + 60
