@@ -33,7 +33,7 @@ nb_execution_in_temp = True  # what a page writes goes with its run
 nb_merge_streams = True
 nb_output_stderr = "remove-warn"  # a warning on a page is a warning of the build
 
-autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_default_options = {"members": True, "member-order": "bysource", "exclude-members": "extra_repr"}
 autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"

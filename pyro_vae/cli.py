@@ -80,7 +80,9 @@ def fit(
     resume: Annotated[bool, _option("Go on with the run in --out.", "--resume")] = False,
     overwrite: Annotated[bool, _option("Replace the run in --out.", "--overwrite")] = False,
     num_particles: NumParticles = 5000,
-    config: Annotated[Path | None, _option("A run's config.yaml to repeat; options beside it win.")] = None,
+    config: Annotated[
+        Path | None, _option("A run's config.yaml to repeat; options beside it win, but for the parts of its program.")
+    ] = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -101,7 +103,9 @@ def fit(
     }
     chosen = {name: value for name, value in parts.items() if value is not None}
     if program and chosen:
-        raise ValueError(f"expected --program or its parts, got both --program and --{next(iter(chosen))}")
+        raise ValueError(
+            f"expected --program (which a configuration names) or its parts, got --{next(iter(chosen))} too"
+        )
     asked: Any = {"root": data_root, "labels": labels, "valid": valid, "test": test, "seed": data_seed}
     splits = pyro_vae.data.load(data, binarize=None if binarize == "none" else binarize, **asked)
 
@@ -125,7 +129,7 @@ def fit(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
-        optimizer=_optimizer(optimizer, trust),
+        optimizer=expressions.parse(optimizer, "optimizer", trust=trust),
         lr_schedule=lr_schedule,
         device=device,
         precision=precision,
@@ -228,8 +232,6 @@ def _expanded(arguments: list[str]) -> list[str]:
     config = runs.read_config(file)
     config.pop("recorded", None)
     given = [_flag(name.replace("_", "-"), value) for name, value in config.items() if value is not None]
-    if any(_value_of(f"--{name}", arguments) is not None for name in _COMPONENTS):
-        given = [text for text in given if not text.startswith("--program=")]
     return ["fit", *given, *arguments[1:]]
 
 
@@ -244,20 +246,6 @@ def _value_of(option: str, arguments: list[str]) -> str | None:
         if argument.startswith(f"{option}="):
             return argument.partition("=")[2]
     return None
-
-
-def _optimizer(text: str, trust: bool) -> Callable[..., Any]:
-    """The optimizer class itself where it takes no options, so that it is fused where torch can."""
-    name = text.strip().removesuffix("()")
-    if name in ("Adam", "AdamW"):
-        import torch
-
-        return getattr(torch.optim, name)
-
-    def build(parameters: Any, lr: float) -> Any:
-        return expressions.parse(text, "optimizer", known={"params": parameters, "lr": lr}, trust=trust)
-
-    return build
 
 
 def _load(run: Path, data: str | None, root: str | None, device: str, trust: bool) -> tuple[nn.Module, InMemory]:

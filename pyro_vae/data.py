@@ -371,7 +371,7 @@ class Batches:
         self.num_inputs = num_inputs(program)
         self.batch_size = batch_size
         self.seed = seed
-        sized = self.source.dataset if isinstance(self.source, DataLoader) else self.source
+        sized: Any = self.source.dataset if isinstance(self.source, DataLoader) else self.source
         try:
             self.num_data = len(sized)
         except TypeError:

@@ -25,7 +25,7 @@ __all__ = [
     "summarize",
 ]
 
-_VALUES_AT_ONCE = 2**21  # decoder outputs in a pass: some 10 MB, which caches still hold in part
+_VALUES_AT_ONCE = 2**20  # decoder outputs in a pass: 4 MB, which caches still hold
 _PARTICLES_AT_ONCE = 256  # enough that the encoder's pass over the batch costs nothing beside the decoder's
 
 
@@ -238,7 +238,9 @@ def active_units(program: Program, data: Any, threshold: float = 0.01) -> int:
     return int((posterior_means(program, data).var(0, correction=0) > threshold).sum())
 
 
-def sample(program: Program, num_samples: int, event_shape: tuple[int, ...], *, seed: int | None = None) -> Any:
+def sample(
+    program: Program, num_samples: int, event_shape: tuple[int, ...], *, seed: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw data from the model: the means of p(x given z) at draws of z from the prior, and draws of x.
 
     Args:

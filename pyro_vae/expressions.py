@@ -24,6 +24,7 @@ class _Slot(NamedTuple):
 
     modules: tuple[str, ...]
     base: type
+    factory: bool = False  # whether the object is made later, by arguments that come first
 
 
 _SLOTS = {
@@ -34,7 +35,7 @@ _SLOTS = {
     "net": _Slot(("pyro_vae.networks",), nn.Module),
     "estimator": _Slot(("pyro_vae.estimators", "pyro.infer"), ELBO),
     "anneal": _Slot(("pyro_vae.schedules",), Schedule),
-    "optimizer": _Slot(("torch.optim",), torch.optim.Optimizer),
+    "optimizer": _Slot(("torch.optim",), torch.optim.Optimizer, factory=True),
 }
 _TRUSTED = ("pyro_vae", "pyro.infer", "torch.optim", "torch.nn")
 
@@ -47,7 +48,8 @@ def parse(text: str, slot: str, *, known: Mapping[str, Any] | None = None, trust
 
     Args:
         text: The expression, such as `"MLP(hidden=[200, 200])"`.
-        slot: What it is to be: program, prior, likelihood, posterior, net, estimator, anneal or optimizer.
+        slot: What it is to be: program, prior, likelihood, posterior, net, estimator, anneal, or optimizer, of which
+            it gives the class or a `functools.partial`, to be called with the parameters.
         known: Values for arguments that the expression leaves out. `out_shape` gives `out_features` (times the
             component's `num_params`), and a text `network` is parsed for an argument `net`.
         trust: Whether names outside `pyro_vae` may be imported, which runs their module's code.
@@ -131,7 +133,9 @@ def write(value: Any, slot: str = "") -> str:
         return f"{_name(value.func, slot)}({_arguments(value.keywords)})"
     if isinstance(value, type):  # a factory without options, such as torch.optim.Adam
         return f"{_name(value, slot)}()"
-    if not hasattr(type(value), "__init__") or isinstance(value, _LITERALS):
+    if inspect.isroutine(value):
+        raise ValueError(f"{value.__name__} is a function, which no expression can name")
+    if isinstance(value, _LITERALS):
         return repr(tuple(value) if isinstance(value, torch.Size) else value)
     given = {}
     for parameter in inspect.signature(type(value)).parameters.values():
@@ -178,6 +182,8 @@ def _build(node: ast.expr, slot: str, known: dict[str, Any], trust: bool) -> Any
     positions = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     nodes = dict(zip(positions, call.args, strict=False)) | {str(k.arg): k.value for k in call.keywords}
     given = {name: _value(value, name if name in _SLOTS else slot, known, trust) for name, value in nodes.items()}
+    if _SLOTS[slot].factory:
+        return functools.partial(cls, **given) if given else cls
     for name in signature.parameters.keys() - given.keys():
         if name == "net" and "network" in known:
             given[name] = parse(known["network"], "net", known=known, trust=trust)
@@ -217,7 +223,7 @@ def _check_names(name: str, call: ast.Call, signature: inspect.Signature) -> Non
 
 
 def _resolve(name: str, slot: str, trust: bool) -> type:
-    modules, base = _SLOTS[slot]
+    modules, base, _ = _SLOTS[slot]
     *path, last = name.split(".")
     if path:
         candidates: tuple[str, ...] = (".".join(path), f"pyro_vae.{'.'.join(path)}")

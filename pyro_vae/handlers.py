@@ -123,7 +123,7 @@ class record(Messenger):
     @property
     def rate(self) -> Tensor:
         """Log q(z given x) - log p(z), of shape `(B,)`."""
-        return -self._log_prob("model", observed=False) + self._log_prob("guide", observed=False)
+        return self._log_prob("guide", observed=False) - self._log_prob("model", observed=False)
 
     @property
     def distortion(self) -> Tensor:
@@ -133,28 +133,32 @@ class record(Messenger):
     @property
     def num_data(self) -> int:
         """Size of the data set behind the batch."""
-        return self._frames()[0].full_size
+        return self._frame().full_size
 
-    def _frames(self) -> list[Any]:
-        frames = [f for _, msg in self._sites for f in msg["cond_indep_stack"] if f.name == "data"]
-        if not frames:
-            raise ValueError(
-                f'expected sites in a plate named "data" at dim=-1, got {[m["name"] for _, m in self._sites]}'
-            )
-        return frames
+    def _frame(self) -> Any:
+        for _, msg in self._sites:
+            for frame in msg["cond_indep_stack"]:
+                if frame.name == "data":
+                    return frame
+        names = [msg["name"] for _, msg in self._sites]
+        raise ValueError(f'expected sites in a plate named "data" at dim=-1, got {names}')
 
     def _log_prob(self, program: str, observed: bool) -> Tensor:
         """Sum over sites and mean over particles, of shape `(B,)`."""
-        size = self._frames()[0].size
-        passes: dict[str, list[Tensor]] = {}
+        size = self._frame().size
+        names, log_probs = [], []
         for owner, msg in self._sites:
             local = any(frame.name == "data" for frame in msg["cond_indep_stack"])
             if owner == program and msg["is_observed"] == observed and local:
                 log_prob = scale_and_mask(msg["unscaled_log_prob"].detach(), mask=msg["mask"])
                 if msg["infer"].get("_enumerate_dim") is not None:
                     log_prob = log_prob.new_full((size,), torch.nan)
-                passes.setdefault(msg["name"], []).append(log_prob.reshape(-1, size).mean(0))
-        return sum((torch.stack(p).mean(0) for p in passes.values()), torch.zeros(()))
+                names.append(msg["name"])
+                log_probs.append(log_prob if log_prob.ndim == 1 else log_prob.reshape(-1, size).mean(0))
+        if not names:
+            return torch.zeros(size)
+        # Particles that are not vectorized come one pass after another.
+        return functools.reduce(torch.add, log_probs) / names.count(names[0])
 
     def first_nonfinite(self) -> str:
         """The first site that was not finite, in words."""

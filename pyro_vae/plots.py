@@ -125,14 +125,14 @@ def latent_space(means: Tensor, labels: Tensor | None = None) -> Figure:
         names = [f"principal component {i + 1} ({share:.0%})" for i, share in enumerate(pca.explained_variance_ratio_)]
     figure = Figure(figsize=(5.6, 5), layout="constrained")
     axes = figure.subplots()
-    style: Any = {"s": 4, "alpha": 0.6, "edgecolors": "none"}
+    style: Any = {"s": min(25.0, max(4.0, 8000 / len(means))), "alpha": 0.7, "edgecolors": "none"}
     kinds = [] if labels is None else labels.unique().tolist()
     if 1 < len(kinds) <= 10:
         for kind in kinds:
             axes.scatter(*points[(labels == kind).numpy()].T, label=str(kind), **style)
         axes.legend(markerscale=3, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
-        axes.scatter(*points.T, c=None if labels is None else labels.numpy(), **style)
+        axes.scatter(points[:, 0], points[:, 1], c=None if labels is None else labels.numpy(), **style)
     axes.set(xlabel=names[0], ylabel=names[1], title="posterior means")
     return figure
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pyro_vae import expressions
@@ -124,7 +124,8 @@ def weights(program: Program) -> dict[str, Tensor]:
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
     """Write tensors, and plain data beside them, as one safetensors file."""
     with replacing(path) as temporary:
-        save_file(dict(tensors), temporary, metadata={"pyro_vae": json.dumps(dict(meta or {}))})
+        # Not save_file, which gives a mode of its own to the file.
+        temporary.write_bytes(save(dict(tensors), metadata={"pyro_vae": json.dumps(dict(meta or {}))}))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

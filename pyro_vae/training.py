@@ -157,7 +157,8 @@ class Training:
     def _take(self, epoch: int, batch: tuple[Tensor, ...]) -> Step:
         beta = self.anneal(self.step / self.total_steps)
         recorded = self.objective.recorded
-        self.program.train()
+        if not self.program.training:
+            self.program.train()
         self._fabric_optimizer.zero_grad()
         # Pyro checks the first step; after that its checks, of a program that does not change, are left out.
         with pyro.validation_enabled(False) if self.step else nullcontext():
@@ -254,8 +255,7 @@ def _lr_scheduler(optimizer: torch.optim.Optimizer, schedule: Any, lr: float, to
     if schedule == "one-cycle":
         total = max(total_steps, 4)
         warm_up = max(0.05, 2 / total)  # torch needs a warm-up of two steps
-        momentum = not {"betas", "momentum"}.isdisjoint(optimizer.defaults)
-        return lr_scheduler.OneCycleLR(optimizer, lr, total, pct_start=warm_up, cycle_momentum=momentum)
+        return lr_scheduler.OneCycleLR(optimizer, lr, total, pct_start=warm_up, cycle_momentum=False)
     return None if schedule is None else schedule(optimizer)
 
 
@@ -265,7 +265,7 @@ def steps(program: Program, data: Any, **options: Any) -> Iterator[Step]:
     Args:
         program: The program.
         data: Tensor, array, `(x, y)` pair, `Dataset` or `DataLoader`.
-        **options: The arguments of `fit` from `estimator` to `start_at_mean`, but for `valid`.
+        **options: The arguments of `fit` from `estimator` to `start_at_mean`.
 
     Yields:
         A `Step`.
@@ -347,7 +347,7 @@ def fit(
         start_at_mean: Whether to set the likelihood's output bias from the data's mean first. It saves the first
             epochs, in which many latents are otherwise lost for good.
         out: Run directory to write; None writes nothing.
-        resume: Go on from the checkpoint in `out`, bit for bit.
+        resume: Go on from the checkpoint in `out`: bit for bit, but within an epoch of a stream that shuffles itself.
         overwrite: Replace a run in `out`.
         progress: Whether to show a progress bar.
 
@@ -375,17 +375,17 @@ def fit(
         runs.check_free(folder, resume, overwrite)
     elif resume:
         raise ValueError("resume: expected a run directory out=, got None")
-    source = as_source(data)
+    source, warn = as_source(data), folder is not None and not resume
     config = {
         **_data_config(source),
-        "program": _written(program, "program"),
-        "estimator": _written(estimator or Trace_ELBO(), "estimator"),
-        "anneal": None if anneal is None else _written(anneal, "anneal"),
+        "program": _written(program, "program", warn),
+        "estimator": _written(estimator or Trace_ELBO(), "estimator", warn),
+        "anneal": _written(anneal, "anneal", warn),
         "epochs": epochs,
         "batch_size": batch_size,
         "lr": lr,
-        "optimizer": _written(optimizer, "optimizer"),
-        "lr_schedule": lr_schedule if lr_schedule is None or isinstance(lr_schedule, str) else repr(lr_schedule),
+        "optimizer": _written(optimizer, "optimizer", warn),
+        "lr_schedule": lr_schedule if isinstance(lr_schedule, str) else _written(lr_schedule, "lr_schedule", warn),
         "device": device,
         "precision": precision,
         "seed": seed,
@@ -433,11 +433,17 @@ def fit(
     return Fitted(program, history.frame(), folder)
 
 
-def _written(value: Any, slot: str) -> str | None:
+def _written(value: Any, slot: str, warn: bool) -> str | None:
     """The expression of a value, or None for one that has none, which then cannot be rebuilt from the file."""
+    if value is None:
+        return None
     try:
         return expressions.write(value, slot)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError) as error:
+        if warn:
+            warnings.warn(
+                f"{runs.CONFIG} cannot name the {slot} ({error}), and cannot repeat the run alone", stacklevel=3
+            )
         return None
 
 
@@ -528,7 +534,9 @@ def _progress_bar(training: Training, visible: bool) -> Iterator[Callable[[Step]
         TimeRemainingColumn(),
     )
     fields: Any = {"epoch": 1, "epochs": training.epochs, "rate": 0.0, "elbo": math.nan, "beta": 1.0}
-    with Progress(*columns, console=Console(stderr=True), disable=not visible) as bar:
+    with Progress(
+        *columns, console=Console(stderr=True), disable=not visible or training.step == training.total_steps
+    ) as bar:
         task = bar.add_task("", total=training.total_steps, completed=training.step, **fields)
         start, first, shown, elbo = time.perf_counter(), training.step, 0.0, math.nan
 

@@ -9,6 +9,8 @@ import torch
 
 from pyro_vae import data
 
+torch.set_num_threads(1)  # all is small here, and threads that wait for each other cost more than they do
+
 MNIST_ROOT = Path(os.environ.get("PYRO_VAE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

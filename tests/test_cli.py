@@ -113,19 +113,18 @@ def test_a_configuration_repeats_the_run(fitted, call, tmp_path):
         yaml.safe_load((path / "config.yaml").read_text()) for path in (folder / "runs/digits", tmp_path / "again")
     ]
     assert config[0] == config[1]
-    code, _, err = call(
-        "fit",
-        "--config",
-        folder / "runs/digits/config.yaml",
-        "--out",
-        "wider",
-        "--latent",
-        "3",
-        "--num-particles",
-        "20",
-    )
-    assert code == 0, err
-    assert pyro_vae.load(tmp_path / "wider").prior.latent == 3
+    code, _, err = call("fit", "--config", folder / "runs/digits/config.yaml", "--out", "wider", "--latent", "3")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "expected --program (which a configuration names) or its parts, got --latent too" in err
+
+
+def test_options_of_an_optimizer_are_repeated(call, tmp_path):
+    assert call(*FIT, "--optimizer", "AdamW(weight_decay=0.5)", "--anneal", "Linear(0.5)", "--out", "first")[0] == 0
+    code, _, err = call("fit", "--config", "first/config.yaml", "--out", "second", "--num-particles", "20")
+    assert (code, err.count("warning")) == (0, 0), err
+    config = [yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("first", "second")]
+    assert config[0] == config[1]
+    assert config[0]["optimizer"] == "AdamW(weight_decay=0.5)"
 
 
 def test_resume_goes_on_with_the_runs_own_configuration(call, tmp_path):
@@ -197,7 +196,7 @@ def test_components_of_ones_own(call, tmp_path):
     (["fit", "--out", "taken", "--overwrite"], "no run directory"),
     (["fit", "--out", "none", "--resume"], "expected a run"),
     (["fit", "--config", "none.yaml"], "none.yaml"),
-    (["fit", "--program", "VAE()", "--latent", "3"], "--program or its parts"),
+    (["fit", "--program", "VAE()", "--latent", "3"], r"--program .* or its parts"),
     (["fit", "--program", "VAE()"], "expected a value for prior, likelihood, posterior"),
     (["fit", "--frob", "1"], "No such option"),
     (["evaluate", "none"], "expected a run directory"),

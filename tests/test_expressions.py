@@ -120,7 +120,15 @@ def test_write_is_the_inverse(value, slot):
         again.load_state_dict(value.state_dict())
 
 
+def test_an_optimizer_is_a_factory():
+    assert parse("Adam()", "optimizer") is torch.optim.Adam
+    made = parse("AdamW(weight_decay=0.1)", "optimizer")([torch.zeros(1, requires_grad=True)], lr=0.5)
+    assert (made.defaults["weight_decay"], made.defaults["lr"]) == (0.1, 0.5)
+
+
 def test_write_factories_and_what_cannot_be_written():
+    with pytest.raises(ValueError, match="<lambda> is a function"):
+        write(lambda progress: 1.0, "anneal")
     assert write(torch.optim.Adam, "optimizer") == "Adam()"
     assert write(functools.partial(torch.optim.AdamW, weight_decay=0.1), "optimizer") == "AdamW(weight_decay=0.1)"
     with pytest.raises(ValueError, match="which no expression can name"):

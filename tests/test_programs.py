@@ -97,17 +97,17 @@ def test_trace_elbo_is_the_single_sample_estimate(pair):
 
 
 def test_trace_elbo_agrees_in_expectation(pair):
-    """Means of 2,000 estimates of each; false alarm 6e-5 at 4 standard errors, seed 0."""
+    """Means of 500 estimates of each; false alarm 6e-5 at 4 standard errors, seed 0."""
     vae, _, x, _ = pair
     torch.manual_seed(0)
     with torch.no_grad():
         trace, mean_field = (
-            torch.tensor([elbo.loss(vae.model, vae.guide, x[:4]) for _ in range(2000)], dtype=torch.float64)
+            torch.tensor([elbo.loss(vae.model, vae.guide, x[:4]) for _ in range(500)], dtype=torch.float64)
             for elbo in (Trace_ELBO(), TraceMeanField_ELBO())
         )
-    error = (trace.var() / 2000 + mean_field.var() / 2000).sqrt()
+    error = (trace.var() / 500 + mean_field.var() / 500).sqrt()
     assert abs(trace.mean() - mean_field.mean()) < 4 * error
-    assert error < 0.5  # or the check could not fail
+    assert error < 1.0  # or the check could not fail
 
 
 @pytest.mark.parametrize("estimator", [Trace_ELBO, TraceMeanField_ELBO])

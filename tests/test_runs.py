@@ -87,7 +87,8 @@ def test_a_program_of_ones_own_needs_trust_or_itself(tmp_path, monkeypatch):
         def __init__(self, features):
             super().__init__(features)
 
-    pyro_vae.fit(Local(64), torch.ones(4, 64), epochs=1, batch_size=2, out=tmp_path / "local", progress=False)
+    with pytest.warns(UserWarning, match="cannot name the program .*not at the top of a module"):
+        pyro_vae.fit(Local(64), torch.ones(4, 64), epochs=1, batch_size=2, out=tmp_path / "local", progress=False)
     with pytest.raises(ValueError, match=r"load\(run, program=...\)"):
         pyro_vae.load(tmp_path / "local")
 

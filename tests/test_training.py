@@ -233,6 +233,7 @@ def test_subsampled_plates_give_the_loss_per_datum():
         assert step.loss == pytest.approx(-step.elbo)
 
 
+@pytest.mark.filterwarnings("ignore:config.yaml cannot name the lr_schedule")
 @pytest.mark.parametrize("lr_schedule", [None, "cosine", "one-cycle", lambda o: torch.optim.lr_scheduler.StepLR(o, 3)])
 @pytest.mark.parametrize("interrupted_at", [8, 6])
 def test_resume_is_bit_for_bit(tmp_path, x, lr_schedule, interrupted_at):
