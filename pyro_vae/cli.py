@@ -89,7 +89,10 @@ def fit(
     """Fit a variational autoencoder, evaluate it on the test data, and write a run directory."""
     from lightning.fabric import seed_everything
 
-    run = out or _free(Path("runs") / Path(data).stem)
+    if resume and out is None:
+        raise ValueError("--resume: expected the run directory with --out, got none")
+    default = Path("runs") / Path(data).stem
+    run = out or (default if overwrite else _free(default))
     runs.check_free(run, resume, overwrite)
     if num_particles < 1:
         raise ValueError(f"--num-particles: expected a positive number, got {num_particles}")

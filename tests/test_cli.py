@@ -195,6 +195,7 @@ def test_components_of_ones_own(call, tmp_path):
     (["fit", "--out", "taken"], "taken exists"),
     (["fit", "--out", "taken", "--overwrite"], "no run directory"),
     (["fit", "--out", "none", "--resume"], "expected a run"),
+    (["fit", "--resume"], "--resume: expected the run directory"),
     (["fit", "--config", "none.yaml"], "none.yaml"),
     (["fit", "--program", "VAE()", "--latent", "3"], r"--program .* or its parts"),
     (["fit", "--program", "VAE()"], "expected a value for prior, likelihood, posterior"),
