@@ -18,7 +18,7 @@ import pyro_vae
 from pyro_vae import evaluation, expressions, plots, runs
 from pyro_vae.data import InMemory, Splits
 from pyro_vae.likelihoods import Bernoulli
-from pyro_vae.programs import Program
+from pyro_vae.programs import Program, num_inputs
 
 app = typer.Typer(
     help=pyro_vae.__doc__,
@@ -29,6 +29,21 @@ app = typer.Typer(
 )
 
 _COMPONENTS = ("latent", "network", "prior", "likelihood", "posterior")
+_CONFIGURED = (
+    *("data", "data_root", "binarize", "labels", "valid", "test", "data_seed", "program", "estimator", "anneal"),
+    *(
+        "epochs",
+        "batch_size",
+        "lr",
+        "optimizer",
+        "lr_schedule",
+        "device",
+        "precision",
+        "seed",
+        "start_at_mean",
+        "recorded",
+    ),
+)
 _DATA = ("data", "data_root", "binarize", "labels", "valid", "test", "data_seed")
 
 
@@ -110,7 +125,7 @@ def fit(
             f"expected --program (which a configuration names) or its parts, got --{next(iter(chosen))} too"
         )
     asked: Any = {"root": data_root, "labels": labels, "valid": valid, "test": test, "seed": data_seed}
-    splits = pyro_vae.data.load(data, binarize=None if binarize == "none" else binarize, **asked)
+    splits = pyro_vae.data.load(data, binarize=binarize or "none", **asked)
 
     # Written out and read back, so that the file of this run builds the very same weights again.
     program = program or expressions.write(
@@ -214,12 +229,13 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             sys.exit(app(_expanded(arguments), prog_name="pyro-vae", standalone_mode=False))
         except Exception as error:
-            expected = isinstance(error, ValueError | OSError | FloatingPointError | ImportError)
-            usage = getattr(error, "format_message", None)  # what typer raises for wrong usage
-            if "--debug" in arguments or not (expected or usage):
+            if "--debug" in arguments:
                 raise
-            message = usage() if usage else str(error)
-            print(f"pyro-vae: error: {' '.join(message.split(chr(10))[0].split())}", file=sys.stderr)
+            usage = getattr(error, "format_message", None)  # what typer raises for wrong usage
+            lines = (usage() if usage else str(error)).splitlines() or [""]
+            expected = usage or isinstance(error, ValueError | OSError | FloatingPointError)
+            kind = "" if expected else f"{type(error).__name__} (--debug shows where): "
+            print(f"pyro-vae: error: {kind}{' '.join(lines[0].split())}", file=sys.stderr)
             sys.exit(2)
 
 
@@ -233,6 +249,10 @@ def _expanded(arguments: list[str]) -> list[str]:
     if file is None:
         return arguments
     config = runs.read_config(file)
+    if unknown := sorted(set(map(str, config)) - set(_CONFIGURED)):
+        raise ValueError(f"{file}: unknown keys {', '.join(unknown)}; expected {', '.join(_CONFIGURED)}")
+    if config.get("data") is None and _value_of("--data", arguments) is None:
+        raise ValueError(f"{file} does not name the run's data; name them with --data")
     config.pop("recorded", None)
     given = [_flag(name.replace("_", "-"), value) for name, value in config.items() if value is not None]
     return ["fit", *given, *arguments[1:]]
@@ -304,16 +324,15 @@ def _table(metrics: dict[str, Any], num_data: int) -> None:
 
 
 def _figures(run: Path, program: Program, test: InMemory, history: Any) -> None:
-    originals = test[list(range(min(64, len(test))))]
-    originals = originals if test.y is None else originals[0]
-    means, _ = evaluation.sample(program, 64, test.event_shape, seed=0)
-    shown = InMemory(test.x[:5000], None if test.y is None else test.y[:5000])
+    few, many = (InMemory(test.x[:n], None if test.y is None else test.y[:n]) for n in (64, 5000))
+    reconstructed = evaluation.reconstruct(program, few)
     figures = {
         "training": plots.training_curve(history),
-        "samples": plots.image_grid(means),
-        "reconstructions": plots.reconstructions(originals, evaluation.reconstruct(program, originals)),
-        "latent_space": plots.latent_space(evaluation.posterior_means(program, shown), shown.y),
+        "reconstructions": plots.reconstructions(pyro_vae.data.to_float(few.x), reconstructed),
+        "latent_space": plots.latent_space(evaluation.posterior_means(program, many), many.y),
     }
+    if num_inputs(program) == 1:
+        figures["samples"] = plots.image_grid(evaluation.sample(program, 64, test.event_shape, seed=0)[0])
     for name, figure in figures.items():
         with runs.replacing(run / runs.FIGURES / f"{name}.png") as temporary:
             figure.savefig(temporary)

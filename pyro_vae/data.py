@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset
@@ -22,7 +24,7 @@ from pyro_vae.programs import Program, num_inputs, placement, undisturbed
 
 __all__ = ["Batches", "InMemory", "Splits", "as_source", "check", "load", "to_float"]
 
-BINARIZATIONS = ("dynamic", "static", "threshold")
+BINARIZATIONS = ("dynamic", "static", "threshold", "none")
 _TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 _SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
 
@@ -35,8 +37,8 @@ class InMemory(Dataset):
     Args:
         x: Array or tensor of shape `(N, *event_shape)`.
         y: Labels of length `N`, or None.
-        binarize: None; "dynamic" (drawn anew each time a datum is served); "static" (drawn once from `seed`); or
-            "threshold" (`x > 0.5`).
+        binarize: None or "none"; "dynamic" (drawn anew each time a datum is served); "static" (drawn once from
+            `seed`); or "threshold" (`x > 0.5`).
         seed: Seed of the static binarization.
         source: Arguments of `load` that made it, for the record.
 
@@ -54,7 +56,7 @@ class InMemory(Dataset):
     def __init__(self, x: Any, y: Any = None, binarize: str | None = None, seed: int = 0, source: dict | None = None):
         self.x = _as_tensor(x)
         self.y = None if y is None else _as_tensor(y)
-        self.binarize = binarize
+        self.binarize = None if binarize == "none" else binarize
         self.source = source
         if self.x.ndim == 0 or self.x.numel() == 0:
             raise ValueError(f"data: expected at least one datum, got shape {tuple(self.x.shape)}")
@@ -63,8 +65,8 @@ class InMemory(Dataset):
         if self.x.is_floating_point() and not self.x.isfinite().all():
             count = int((~self.x.isfinite()).sum())
             raise ValueError(f"data: expected finite values, got {count} NaN or infinite of {self.x.numel()}")
-        if binarize is not None:
-            self._binarize(binarize, seed)
+        if self.binarize is not None:
+            self._binarize(self.binarize, seed)
 
     def _binarize(self, how: str, seed: int) -> None:
         if how not in BINARIZATIONS:
@@ -142,7 +144,7 @@ def load(
     Args:
         data: Name or path.
         root: Folder that holds torchvision's data sets (default `~/.cache/pyro_vae`).
-        binarize: None, "dynamic", "static" or "threshold"; see `InMemory`. Validation and test data are then
+        binarize: None or "none", "dynamic", "static" or "threshold"; see `InMemory`. Validation and test data are then
             binarized once, by `seed`, so that two evaluations agree.
         labels: Column of a table, or array of an `.npz` file, that holds labels.
         valid: Data held out for validation, a fraction or a count (default 0.1; 0 where there is a test split).
@@ -288,13 +290,24 @@ def _table(path: Path, labels: str | None) -> tuple[Any, Any]:
     import pandas as pd
 
     frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    if path.suffix == ".csv" and all(_is_number(name) for name in frame.columns):  # the first row is data
+        frame = pd.read_csv(path, header=None)
     if labels is not None and labels not in frame:
         raise ValueError(f"data: {path}: expected a column {labels!r}, got {', '.join(map(str, frame.columns))}")
     y = None if labels is None else pd.factorize(frame.pop(labels), sort=True)[0]
     text = [str(name) for name, dtype in frame.dtypes.items() if not pd.api.types.is_numeric_dtype(dtype)]
     if text:
-        raise ValueError(f"data: {path}: expected columns of numbers, got text in {', '.join(text)}")
+        hint = "" if labels else f" (--labels {text[0]} makes it the labels)"
+        raise ValueError(f"data: {path}: expected columns of numbers, got text in {', '.join(text)}{hint}")
     return frame.to_numpy(dtype="float64", na_value=np.nan), y
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _as_tensor(x: Any) -> Tensor:
@@ -400,9 +413,16 @@ class Batches:
                 torch.Generator(),
             )  # else it would draw from the global state
             loader = DataLoader(self.source, batch_size=self.batch_size, sampler=order, generator=generator)
-        for number, batch in enumerate(loader):
-            if number >= skip:
-                yield self._inputs(batch)
+        if skip == 0:
+            yield from map(self._inputs, loader)
+            return
+        # What is skipped was drawn before the checkpoint, whose random state must not be touched again.
+        with torch.random.fork_rng([]):
+            rest = itertools.islice(loader, skip, None)
+            batch = next(rest, None)
+        while batch is not None:
+            yield self._inputs(batch)
+            batch = next(rest, None)
 
     def _order(self, epoch: int) -> Tensor:
         if self.seed is None:
@@ -450,7 +470,10 @@ def check(program: Program, batches: Batches) -> None:
             raise ValueError(f"x: expected data of event shape {tuple(expected)}, got {tuple(first[0].shape[1:])}")
         guide: Any = poutine.trace(program.guide).get_trace(*first)
         model: Any = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*first)
+        _check_plates(guide)
+        _check_plates(model)
         sites = [s for s in model.nodes.values() if s["type"] == "sample" and s["is_observed"] and in_data_plate(s)]
+        sites = [site for site in sites if not site["infer"].get("_deterministic")]
         if not sites:
             raise ValueError(
                 f'expected an observed site in a plate named "data" at dim=-1, got {list(model.nodes)[1:-1]}'
@@ -463,6 +486,14 @@ def check(program: Program, batches: Batches) -> None:
             _check_support(site, ordered if whole else None)
 
 
+def _check_plates(trace: Any) -> None:
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and in_data_plate(site) and not site_is_subsample(site):
+            dims = {frame.name: frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+            if dims != {"data": -1}:
+                raise ValueError(f'{site["name"]}: expected the plate "data" at dim=-1 alone, got {dims}')
+
+
 def _check_support(site: Any, batches: Batches | None) -> None:
     """Check a site's own value, or all the data that will come to stand there."""
     support = site["fn"].support
@@ -472,9 +503,8 @@ def _check_support(site: Any, batches: Batches | None) -> None:
     while hasattr(base, "base_dist"):
         base = base.base_dist
     name, values, grey = type(base).__name__.removeprefix("Soft"), site["value"], False
-    for x in [values] if batches is None else (inputs[0] for inputs in batches.epoch(0)):
-        # A support with bounds of the batch's shape meets a last, smaller batch only in part.
-        if len(x) == len(values) and not support.check(x).all():
+    for x in [values] if batches is None else _all_of(batches, len(values)):
+        if not support.check(x).all():
             low, high = x.min().item(), x.max().item()
             fit = [n for n in _CANDIDATES if getattr(pyro.distributions, n).support.check(x).all()]
             raise ValueError(
@@ -488,6 +518,14 @@ def _check_support(site: Any, batches: Batches | None) -> None:
             '(data.load(..., binarize="dynamic")), or use a likelihood on [0, 1] such as ContinuousBernoulli',
             stacklevel=4,
         )
+
+
+def _all_of(batches: Batches, size: int) -> Iterator[Tensor]:
+    """All the data in parts of one size (supports may have bounds of the batch's shape); the last one laps over."""
+    for start in range(0, batches.num_data, size):
+        first = min(start, batches.num_data - size)
+        rows = torch.arange(first, first + size, device=batches.device)
+        yield batches._inputs(batches.source[rows])[0]
 
 
 _CANDIDATES = ("Bernoulli", "ContinuousBernoulli", "Poisson", "LogNormal", "Normal")

@@ -9,13 +9,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.data import Batches, as_source, check
+from pyro_vae.data import Batches, as_source, check, to_float
 from pyro_vae.estimators import in_data_plate, log_probabilities
-from pyro_vae.programs import Program, undisturbed
+from pyro_vae.programs import Program, num_inputs, undisturbed
 
 __all__ = [
     "Summary",
     "active_units",
+    "checked_batches",
     "elbo",
     "log_likelihood",
     "posterior_means",
@@ -81,7 +82,7 @@ def summarize(program: Program, data: Any, num_particles: int = 5000, *, seed: i
     if num_particles < 1:
         raise ValueError(f"num_particles: expected a positive number, got {num_particles}")
     at_once = min(num_particles, _PARTICLES_AT_ONCE)
-    batches = _batches(program, data, at_once)
+    batches = checked_batches(program, data, at_once)
     parts = []
     with undisturbed(program, seed), pyro.validation_enabled(False):
         for batch in batches.epoch(0):
@@ -208,12 +209,11 @@ def posterior_means(program: Program, data: Any, *, seed: int = 0) -> Tensor:
     """
     means = []
     with undisturbed(program, seed), pyro.validation_enabled(False):
-        for batch in _batches(program, data, 1).epoch(0):
+        for batch in checked_batches(program, data, 1).epoch(0):
             trace: Any = poutine.trace(program.guide).get_trace(*batch)
             sites = [s for s in trace.nodes.values() if s["type"] == "sample" and in_data_plate(s)]
-            means.append(
-                torch.cat([_mean(site["fn"]).flatten(1).cpu() for site in sites if not site["is_observed"]], 1)
-            )
+            latents = [_mean(site["fn"]) for site in sites if not site["is_observed"]]
+            means.append(torch.cat([mean.reshape(len(mean), -1).cpu() for mean in latents], 1))
     return torch.cat(means)
 
 
@@ -261,6 +261,10 @@ def sample(
         >>> draws.unique().tolist()
         [0.0, 1.0]
     """
+    if num_inputs(program) > 1:
+        raise ValueError(
+            f"{type(program).__name__}: expected a model of x alone, got one of {num_inputs(program)} tensors"
+        )
     if num_samples < 1:
         raise ValueError(f"number of samples: expected a positive number, got {num_samples}")
     batches = Batches(torch.zeros(num_samples, *event_shape), program, num_samples)
@@ -288,7 +292,7 @@ def reconstruct(program: Program, data: Any, *, seed: int = 0) -> Tensor:
     """
     means = []
     with undisturbed(program, seed), pyro.validation_enabled(False):
-        for batch in _batches(program, data, 1).epoch(0):
+        for batch in checked_batches(program, data, 1).epoch(0):
             guide: Any = poutine.trace(program.guide).get_trace(*batch)
             model: Any = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*batch)
             means.append(_mean(model.nodes["x"]["fn"]).cpu())
@@ -297,12 +301,14 @@ def reconstruct(program: Program, data: Any, *, seed: int = 0) -> Tensor:
 
 def _mean(fn: Any) -> Tensor:
     try:
-        return fn.mean
+        mean = fn.mean
     except NotImplementedError:
-        return fn.sample((100,)).mean(0)
+        mean = None
+    # Some distributions without a mean raise, others give NaN.
+    return to_float(fn.sample((100,))).mean(0) if mean is None or mean.isnan().all() else mean
 
 
-def _batches(program: Program, data: Any, particles: int) -> Batches:
+def checked_batches(program: Program, data: Any, particles: int) -> Batches:
     """Batches whose decoder outputs, all particles together, stay within bounds; the data are checked on the way."""
     source = as_source(data)
     batches = Batches(source, program, batch_size=1)

@@ -137,6 +137,8 @@ def write(value: Any, slot: str = "") -> str:
         raise ValueError(f"{value.__name__} is a function, which no expression can name")
     if isinstance(value, _LITERALS):
         return repr(tuple(value) if isinstance(value, torch.Size) else value)
+    if type(value).__init__ is nn.Module.__init__:  # a module without arguments
+        return f"{_name(type(value), slot)}()"
     given = {}
     for parameter in inspect.signature(type(value)).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -183,6 +185,8 @@ def _build(node: ast.expr, slot: str, known: dict[str, Any], trust: bool) -> Any
     nodes = dict(zip(positions, call.args, strict=False)) | {str(k.arg): k.value for k in call.keywords}
     given = {name: _value(value, name if name in _SLOTS else slot, known, trust) for name, value in nodes.items()}
     if _SLOTS[slot].factory:
+        if first := [name for name in ("params", "lr") if name in given]:
+            raise ValueError(f"{cls.__name__}: {first[0]} is given apart, not in the expression")
         return functools.partial(cls, **given) if given else cls
     for name in signature.parameters.keys() - given.keys():
         if name == "net" and "network" in known:
@@ -216,6 +220,9 @@ def _check_names(name: str, call: ast.Call, signature: inspect.Signature) -> Non
     takes = ", ".join(signature.parameters) or "no arguments"
     if any(isinstance(argument, ast.Starred) for argument in call.args) or any(k.arg is None for k in call.keywords):
         raise ValueError(f"{name}: expected literals, got {ast.unparse(call)!r}")
+    for parameter in signature.parameters.values():
+        if call.args and parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise ValueError(f"{name} takes {parameter} by position, which no expression can name")
     try:
         signature.bind_partial(*call.args, **{str(k.arg): k.value for k in call.keywords})
     except TypeError as error:

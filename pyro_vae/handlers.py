@@ -62,7 +62,8 @@ class record(Messenger):
     .. math:: R_b = \log q(z_b \mid x_b) - \log p(z_b), \qquad D_b = -\log p(x_b \mid z_b)
 
     Both are unscaled, so that they mean the same under annealing and subsampling, and are averaged over particles. It
-    costs next to nothing: each site's log-probability is computed once, and shared with the estimator's trace.
+    costs little: the log-probability of the data is computed once, and shared with the estimator's trace. Sites outside
+    the plate "data" belong to no datum and are left out.
 
     Attributes:
         rate: Tensor of shape `(B,)` in nats, detached; NaN where latents are enumerated and not sampled.
@@ -81,7 +82,7 @@ class record(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sites: list[tuple[str, Any]] = []
+        self._sites: list[tuple[str, Any, Tensor]] = []  # of model or guide, the message, its log-probability
         self._program = ""
 
     def __enter__(self) -> record:
@@ -105,20 +106,17 @@ class record(Messenger):
         return filed
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        # The outermost handler comes first after a site has run. What it computes here is in the message that the
-        # estimator's trace will copy, and is not computed again.
         if site_is_subsample(msg):
             return
-        if self._program == "guide":
-            parts = msg["fn"].score_parts(msg["value"])
-            msg["unscaled_log_prob"] = parts.log_prob
-            msg["score_parts"] = parts.scale_and_mask(msg["scale"], msg["mask"])
-            msg["log_prob"] = msg["score_parts"].log_prob
-        else:
-            msg["unscaled_log_prob"] = msg["fn"].log_prob(msg["value"])
-            msg["log_prob"] = scale_and_mask(msg["unscaled_log_prob"], msg["scale"], msg["mask"])
-        msg["log_prob_sum"] = msg["log_prob"].sum()
-        self._sites.append((self._program, msg))
+        log_prob = msg["fn"].log_prob(msg["value"])
+        if msg["is_observed"]:
+            # The outermost handler comes first after a site has run: the estimator's trace will copy what is in the
+            # message, and not compute it again. Latents are left to the estimator: TraceGraph_ELBO marks their values
+            # only later, to follow what depends on them.
+            msg["unscaled_log_prob"] = log_prob
+            msg["log_prob"] = scale_and_mask(log_prob, msg["scale"], msg["mask"])
+            msg["log_prob_sum"] = msg["log_prob"].sum()
+        self._sites.append((self._program, msg, log_prob))
 
     @property
     def rate(self) -> Tensor:
@@ -136,23 +134,23 @@ class record(Messenger):
         return self._frame().full_size
 
     def _frame(self) -> Any:
-        for _, msg in self._sites:
+        for _, msg, _ in self._sites:
             for frame in msg["cond_indep_stack"]:
                 if frame.name == "data":
                     return frame
-        names = [msg["name"] for _, msg in self._sites]
+        names = [msg["name"] for _, msg, _ in self._sites]
         raise ValueError(f'expected sites in a plate named "data" at dim=-1, got {names}')
 
     def _log_prob(self, program: str, observed: bool) -> Tensor:
         """Sum over sites and mean over particles, of shape `(B,)`."""
         size = self._frame().size
+        if any("_enumerate_dim" in msg["infer"] or msg["infer"].get("enumerate") for _, msg, _ in self._sites):
+            return torch.full((size,), torch.nan)
         names, log_probs = [], []
-        for owner, msg in self._sites:
+        for owner, msg, unscaled in self._sites:
             local = any(frame.name == "data" for frame in msg["cond_indep_stack"])
             if owner == program and msg["is_observed"] == observed and local:
-                log_prob = scale_and_mask(msg["unscaled_log_prob"].detach(), mask=msg["mask"])
-                if msg["infer"].get("_enumerate_dim") is not None:
-                    log_prob = log_prob.new_full((size,), torch.nan)
+                log_prob = scale_and_mask(unscaled.detach(), mask=msg["mask"])
                 names.append(msg["name"])
                 log_probs.append(log_prob if log_prob.ndim == 1 else log_prob.reshape(-1, size).mean(0))
         if not names:
@@ -162,9 +160,9 @@ class record(Messenger):
 
     def first_nonfinite(self) -> str:
         """The first site that was not finite, in words."""
-        for program, msg in self._sites:
+        for program, msg, log_prob in self._sites:
             if not msg["value"].isfinite().all():
                 return f"{msg['name']!r} of the {program} (its value)"
-            if not msg["unscaled_log_prob"].isfinite().all():
+            if not log_prob.isfinite().all():
                 return f"{msg['name']!r} of the {program} (its log-probability)"
         return "none, though the loss is"

@@ -27,12 +27,13 @@ def training_curve(history: pd.DataFrame) -> Figure:
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     elbo, parts, beta = figure.subplots(1, 3, width_ratios=(3, 3, 2))
-    elbo.plot(history.epoch, history.elbo, label="train")
+    mark = "o" if len(history) == 1 else None
+    elbo.plot(history.epoch, history.elbo, label="train", marker=mark)
     if history.valid_elbo.notna().any():
         elbo.plot(history.epoch, history.valid_elbo, label="valid")
-    parts.plot(history.epoch, history.distortion, label="distortion", color="C2")
-    parts.plot(history.epoch, history.rate, label="rate", color="C3")
-    beta.plot(history.epoch, history.beta, color="C4")
+    parts.plot(history.epoch, history.distortion, label="distortion", color="C2", marker=mark)
+    parts.plot(history.epoch, history.rate, label="rate", color="C3", marker=mark)
+    beta.plot(history.epoch, history.beta, color="C4", marker=mark)
     for axes, title in (
         (elbo, "ELBO (nats per datum)"),
         (parts, "rate and distortion (nats per datum)"),
@@ -114,6 +115,7 @@ def latent_space(means: Tensor, labels: Tensor | None = None) -> Figure:
     """
     from matplotlib.figure import Figure
 
+    means = means.float()
     points, names = means.numpy(), ["z1", "z2"]
     if means.shape[1] == 1:
         points, names = torch.cat([means, torch.zeros_like(means)], 1).numpy(), ["z1", ""]

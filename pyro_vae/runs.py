@@ -21,6 +21,7 @@ from pyro_vae.programs import Program
 
 __all__ = [
     "check_free",
+    "clear",
     "load",
     "load_weights",
     "read_checkpoint",
@@ -69,8 +70,16 @@ def check_free(out: Path, resume: bool = False, overwrite: bool = False) -> None
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
             raise ValueError(f"{out} exists: resume it (--resume), overwrite it (--overwrite) or name another (--out)")
-        if not (out / CONFIG).is_file():
-            raise ValueError(f"{out} is no run directory (it has no {CONFIG}), and is not overwritten")
+        if not (out / CONFIG).is_file() or "recorded" not in read_config(out):
+            raise ValueError(f"{out} is no run directory (it has no {CONFIG} of ours), and is not overwritten")
+
+
+def clear(out: Path) -> None:
+    """Remove what a run has written to `out`, and nothing else."""
+    for path in (CONFIG, MODEL, HISTORY, METRICS, CHECKPOINT):
+        (out / path).unlink(missing_ok=True)
+    for path in (out / FIGURES).glob("*.png"):
+        path.unlink()
 
 
 def versions() -> dict[str, str]:
@@ -186,12 +195,14 @@ def load(run: str | os.PathLike, *, trust: bool = False, program: Program | None
     run = Path(run)
     config = read_config(run)
     if program is None:
-        if not isinstance(config.get("program"), str):
+        if not isinstance(config.get("program"), str) or config["program"].startswith("("):
             raise ValueError(
                 f"{run}: its configuration cannot rebuild the program; give it with load(run, program=...)"
             )
         program = expressions.parse(config["program"], "program", trust=trust)
     path = run / MODEL
+    if not path.is_file() and (run / CHECKPOINT).is_file():
+        raise ValueError(f"{run} was interrupted and has no {MODEL} yet: resume it first (--resume)")
     tensors, _ = read_checkpoint(path)
     dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
     program.to(dtypes[0] if dtypes else None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 import signal
 import threading
 import time
@@ -71,6 +70,11 @@ class _Objective(nn.Module):
         super().__init__()
         self.program = program
         self.estimator: Any = estimator
+        # An estimator is used by what its own class defines, and not by what that may have inherited beside it.
+        ways = ("differentiable_loss", "loss_and_grads")
+        self.differentiable = "differentiable_loss" in next(
+            vars(c) for c in type(estimator).__mro__ if set(ways) & vars(c).keys()
+        )
         self.recorded = handlers.record()
         # The program's own param store: some estimators keep state there, and none of it may reach Pyro's.
         self.param_store: Any = {"params": {}, "constraints": {}}
@@ -78,7 +82,7 @@ class _Objective(nn.Module):
     def forward(self, beta: float, *batch: Tensor) -> Any:
         programs = self.recorded.model(self.program.model), self.recorded.guide(self.program.guide)
         with pyro.get_param_store().scope(self.param_store), handlers.beta(beta), self.recorded:
-            if hasattr(self.estimator, "differentiable_loss"):
+            if self.differentiable:
                 return self.estimator.differentiable_loss(*programs, *batch)
             # The others call backward themselves, and only where param sites are collected.
             with poutine.trace(param_only=True):
@@ -111,10 +115,15 @@ class Training:
     ):
         from lightning.fabric import Fabric, seed_everything
 
-        if epochs < 1 or lr <= 0:
+        if epochs < 1 or not 0 < lr < math.inf:
             raise ValueError(f"expected positive epochs and lr, got epochs={epochs}, lr={lr}")
         if isinstance(lr_schedule, str) and lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {lr_schedule!r}")
+        if type(estimator).__name__.startswith("Jit"):
+            name = type(estimator).__name__
+            raise ValueError(f"{name} would trace beta once and for all; expected {name.removeprefix('Jit')}")
+        if anneal is not None and not callable(anneal):
+            raise ValueError(f"anneal: expected a function of progress such as schedules.Linear(0.1), got {anneal!r}")
         anneal = anneal or (lambda progress: 1.0)
         if anneal(1.0) < 1:
             warnings.warn(
@@ -198,11 +207,21 @@ class Training:
                 f"no parameter of {type(self.program).__name__} has a gradient; does it call declare_parameters?"
             )
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain data from which the run goes on bit for bit."""
+    def check_finite(self) -> None:
+        """Raise `NonFiniteError` if a weight is NaN or infinite."""
         for name, parameter in self.program.named_parameters():
             if not parameter.isfinite().all():
                 raise NonFiniteError(f"parameter {name} is not finite after step {self.step}")
+
+    def _shape(self) -> dict[str, Any]:
+        """What a checkpoint and the run that goes on from it must have in common."""
+        trained = [name for name, parameter in self.program.named_parameters() if parameter.requires_grad]
+        optimizer = type(self.optimizer).__name__
+        return {"steps in an epoch": len(self.batches), "optimizer": optimizer, "trained parameters": trained}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain data from which the run goes on bit for bit."""
+        self.check_finite()
         tensors = {f"model.{name}": tensor for name, tensor in runs.weights(self.program).items()}
         for index, entry in self.optimizer.state_dict()["state"].items():
             for name, value in entry.items():
@@ -211,11 +230,14 @@ class Training:
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.fabric.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.fabric.device)
-        return tensors, {"step": self.step, "order_seed": self.batches.seed}
+        return tensors, {"step": self.step, "order_seed": self.batches.seed, "shape": self._shape()}
 
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any], path: Path) -> None:
         """Go on from where `state` was taken."""
         model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        for name, own in self._shape().items():
+            if meta["shape"][name] != own:
+                raise ValueError(f"{path} is of another run: expected {name} {own}, got {meta['shape'][name]}")
         runs.load_weights(self.program, model, path)
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -243,8 +265,8 @@ def _start_at_mean(program: Program, batches: Batches) -> None:
             f"start_at_mean: expected a program whose likelihood has start_at(mean), got {type(program).__name__}"
         )
     with undisturbed(program):
-        total: Any = sum(batch[0].sum(0, dtype=torch.float32) for batch in batches.epoch(0))
-    start_at((total / batches.num_data).to(batches.dtype))
+        sums, counts = zip(*((x.sum(0, dtype=torch.float32), len(x)) for x, *_ in batches.epoch(0)), strict=True)
+    start_at((torch.stack(sums).sum(0) / sum(counts)).to(batches.dtype))
 
 
 def _lr_scheduler(optimizer: torch.optim.Optimizer, schedule: Any, lr: float, total_steps: int) -> Any:
@@ -383,7 +405,7 @@ def fit(
         "anneal": _written(anneal, "anneal", warn),
         "epochs": epochs,
         "batch_size": batch_size,
-        "lr": lr,
+        "lr": float(lr),
         "optimizer": _written(optimizer, "optimizer", warn),
         "lr_schedule": lr_schedule if isinstance(lr_schedule, str) else _written(lr_schedule, "lr_schedule", warn),
         "device": device,
@@ -412,14 +434,20 @@ def fit(
             tensors, meta = runs.read_checkpoint(folder / runs.CHECKPOINT)
             training.restore(tensors, meta, folder / runs.CHECKPOINT)
             history.restore(meta)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)  # checked to be new, empty or a run to overwrite
-        runs.write_config(folder, config | {"recorded": {"event_shape": _event_shape(training), **runs.versions()}})
-        _save(folder, training, history)
+        config["recorded"] = {"event_shape": _event_shape(training), **runs.versions()}
+    if valid is not None:
+        evaluation.checked_batches(program, valid, 1)
+    written = False
     with _progress_bar(training, progress) as show, _interruptible() as interrupted:
         for step in training:
             history.add(step)
             show(step)
+            if folder is not None and not written:  # not before a step has shown that the run works
+                if not resume:
+                    runs.clear(folder)
+                runs.write_config(folder, config)
+                _save(folder, training, history)
+                written = True
             if training.step % len(training.batches) == 0:
                 history.close_epoch(None if valid is None else evaluation.elbo(program, valid).mean().item())
                 if folder is not None:
@@ -428,13 +456,14 @@ def fit(
                 if folder is not None:
                     _save(folder, training, history)
                 raise KeyboardInterrupt
+    training.check_finite()
     if folder is not None:
         runs.write_checkpoint(folder / runs.MODEL, runs.weights(program))
     return Fitted(program, history.frame(), folder)
 
 
 def _written(value: Any, slot: str, warn: bool) -> str | None:
-    """The expression of a value, or None for one that has none, which then cannot be rebuilt from the file."""
+    """The expression of a value; for one that has none, the reason in parentheses, which is no expression."""
     if value is None:
         return None
     try:
@@ -444,7 +473,7 @@ def _written(value: Any, slot: str, warn: bool) -> str | None:
             warnings.warn(
                 f"{runs.CONFIG} cannot name the {slot} ({error}), and cannot repeat the run alone", stacklevel=3
             )
-        return None
+        return f"({error})"
 
 
 def _data_config(source: Any) -> dict[str, Any]:

@@ -127,6 +127,47 @@ def test_options_of_an_optimizer_are_repeated(call, tmp_path):
     assert config[0]["optimizer"] == "AdamW(weight_decay=0.5)"
 
 
+@pytest.mark.filterwarnings("ignore:x. grey values")
+def test_no_binarization_is_kept(call, tmp_path):
+    assert call(*FIT, "--binarize", "none", "--out", "first")[0] == 0
+    code, out, _ = call("fit", "--config", "first/config.yaml", "--out", "second", "--num-particles", "20")
+    assert code == 0
+    assert "binarized" not in out
+    assert yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())["binarize"] == "none"
+
+
+def test_a_run_without_names_is_not_taken_for_another(call, tmp_path):
+    vae = pyro_vae.build((1, 8, 8), latent=2)
+    with pytest.warns(UserWarning, match="cannot name the anneal"):
+        pyro_vae.fit(
+            vae, np.ones((40, 1, 8, 8)), batch_size=10, anneal=lambda t: 1.0, epochs=1, out="py", progress=False
+        )
+    code, _, err = call("fit", "--resume", "--out", "py", "--epochs", "2")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "does not name the run's data" in err
+    code, _, err = call("fit", "--resume", "--out", "py", "--epochs", "2", "--data", "digits")
+    assert code == 2
+    assert "anneal" in err
+
+
+@pytest.mark.parametrize("line", ["trust: true", "overwrite: true", "out: victim", "help: true", "1: 2"])
+def test_a_configuration_cannot_give_itself_rights(call, tmp_path, line):
+    (tmp_path / "evil.yaml").write_text(f"data: digits\n{line}\n")
+    code, _, err = call("fit", "--config", "evil.yaml")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "unknown keys" in err
+
+
+def test_an_error_of_ones_own_component_is_one_line(call, tmp_path):
+    (tmp_path / "takes_z.py").write_text(
+        "from torch import nn\nclass TakesZ(nn.Module):\n    def forward(self, z):\n        return z\n"
+    )
+    code, _, err = call(*FIT, "--prior", "takes_z.TakesZ()", "--out", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "TypeError (--debug shows where)" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_goes_on_with_the_runs_own_configuration(call, tmp_path):
     assert call(*FIT, "--out", "run")[0] == 0
     assert call("fit", "--out", "run", "--resume", "--epochs", "4", "--num-particles", "20")[0] == 0

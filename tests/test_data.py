@@ -115,6 +115,8 @@ def test_missing_data_set_names_files_and_folder(tmp_path, monkeypatch):
 
 def test_files(tmp_path):
     x = np.random.default_rng(0).random((20, 6, 5))
+    np.savetxt(tmp_path / "bare.csv", x.reshape(20, 30), delimiter=",")
+    assert sum(len(split) for split in load(tmp_path / "bare.csv")) == 20
     np.save(tmp_path / "a.npy", x)
     np.savez(tmp_path / "a.npz", images=x, labels=np.arange(20))
     np.savez(tmp_path / "one.npz", anything=x)
@@ -268,6 +270,42 @@ def test_check_warns_of_grey_values_once_and_only_then(vae):
         warnings.simplefilter("error")
         check(vae, Batches(binary, vae, 10))
         check(vae, Batches(InMemory(grey, binarize="dynamic"), vae, 10))
+
+
+def test_check_sees_the_last_smaller_batch(vae):
+    x = torch.zeros(18, 8, 8)
+    x[-1] = 7
+    with pytest.raises(ValueError, match="would fit: Poisson"):
+        check(vae, Batches(x, vae, 5))
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_check_refuses_other_plates(dim):
+    class Plates(nn.Module):
+        def model(self, x):
+            with pyro.plate("data", len(x), dim=-1 if dim == -2 else -2), pyro.plate("pixels", 3, dim=dim):
+                pyro.sample("x", dist.Normal(torch.zeros(()), 1.0), obs=x.T if dim == -2 else x)
+
+        def guide(self, x): ...
+
+    with pytest.raises(ValueError, match='x: expected the plate "data" at dim=-1 alone'):
+        check(Plates(), Batches(torch.zeros(4, 3), Plates(), 4))
+
+
+def test_the_splits_are_binarized_apart():
+    x = torch.full((40, 50), 0.5)
+    parts = _split_of(x)
+    assert all(part.x.dtype == torch.bool for part in parts)
+    assert not torch.equal(parts[0].x, parts[1].x)
+
+
+def _split_of(x):
+    from pyro_vae.data import _split
+
+    splits = _split(x, None, None, "dynamic", 10, 10, 0, None)
+    held = _split(x, None, (x[:10], None), "dynamic", 10, None, 0, None)
+    assert held.test.x.dtype == torch.bool
+    return splits.valid, splits.test
 
 
 def test_check_of_a_hand_written_program():

@@ -124,14 +124,6 @@ def test_record_knows_the_data_set_behind_a_subsample(problem):
     assert loss / 1000 == pytest.approx((recorded.rate + recorded.distortion).mean().item(), rel=1e-12)
 
 
-def test_record_says_nan_where_latents_are_enumerated():
-    program, x = Mixture(), torch.ones(4, 2, dtype=torch.float64)
-    with record() as recorded:
-        guide = config_enumerate(recorded.guide(program.guide), "parallel")
-        TraceEnum_ELBO(max_plate_nesting=1).loss(recorded.model(program.model), guide, x)
-    assert recorded.rate.isnan().all()
-
-
 def test_record_names_the_first_site_that_is_not_finite(problem):
     program, x = problem
     with torch.no_grad():
@@ -139,3 +131,70 @@ def test_record_names_the_first_site_that_is_not_finite(problem):
     with pyro.validation_enabled(False), pytest.warns(UserWarning, match="NaN"), record() as recorded:
         Trace_ELBO().loss(recorded.model(program.model), recorded.guide(program.guide), x)
     assert recorded.first_nonfinite() == "'z' of the guide (its value)"
+
+
+def test_record_leaves_score_function_gradients_alone():
+    """TraceGraph_ELBO with a discrete latent: the same seed gives the same gradient with and without record."""
+    program, x = Mixture(), torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+
+    def gradient(*programs):
+        torch.manual_seed(3)
+        program.zero_grad()
+        with poutine.trace(param_only=True), pyro.get_param_store().scope():
+            TraceGraph_ELBO().loss_and_grads(*programs, x)
+        return program.posterior.grad.clone()
+
+    plain = gradient(program.model, program.guide)
+    with record() as recorded:
+        watched = gradient(recorded.model(program.model), recorded.guide(program.guide))
+    torch.testing.assert_close(watched, plain, rtol=1e-12, atol=0)
+    assert (plain != 0).all()
+
+
+def test_record_averages_over_particles_that_come_one_by_one(problem):
+    program, x = problem
+    with record() as recorded:
+        loss = Trace_ELBO(num_particles=5).loss(recorded.model(program.model), recorded.guide(program.guide), x)
+    assert loss == pytest.approx((recorded.rate + recorded.distortion).sum().item(), rel=1e-12)
+
+
+def test_record_and_its_loss_know_masks(problem):
+    program, x = problem
+    mask = torch.tensor([True, False] * 3)
+    model, guide = poutine.mask(program.model, mask=mask), poutine.mask(program.guide, mask=mask)
+    model.__name__ = guide.__name__ = "masked"
+    torch.manual_seed(0)
+    plain = Trace_ELBO().loss(model, guide, x)
+    torch.manual_seed(0)
+    with record() as recorded:
+        loss = Trace_ELBO().loss(recorded.model(model), recorded.guide(guide), x)
+    assert loss == pytest.approx(plain, rel=1e-12)
+    assert loss == pytest.approx((recorded.rate + recorded.distortion).sum().item(), rel=1e-12)
+    assert (recorded.distortion[~mask] == 0).all()
+
+
+def test_record_leaves_global_sites_out():
+    def model(x):
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(shift, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("shift", dist.Normal(0.3, 0.1))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x, 0.5))
+
+    with record() as recorded:
+        loss = Trace_ELBO().loss(recorded.model(model), recorded.guide(guide), torch.zeros(4))
+    assert abs(loss - (recorded.rate + recorded.distortion).sum().item()) > 0.1
+
+
+@pytest.mark.parametrize("how", ["parallel", "sequential"])
+def test_nothing_is_claimed_of_enumerated_latents(how):
+    program, x = Mixture(), torch.ones(4, 2, dtype=torch.float64)
+    with record() as recorded:
+        guide = config_enumerate(recorded.guide(program.guide), how)
+        TraceEnum_ELBO(max_plate_nesting=1).loss(recorded.model(program.model), guide, x)
+    assert recorded.rate.isnan().all()
+    assert recorded.distortion.isnan().all()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from oracles import LinearGaussian, Mixture, TwoLatents
 from pyro.infer import (
+    JitTrace_ELBO,
     RenyiELBO,
     ReweightedWakeSleep,
     Trace_ELBO,
@@ -284,6 +285,56 @@ def test_two_epochs_and_two_more_are_four(tmp_path, x, data):
     assert len(finished.history) == 4
 
 
+@pytest.mark.parametrize("loader", [False, True])
+def test_streams_resume_within_an_epoch(tmp_path, x, loader):
+    grey = TensorDataset(x)
+    given = DataLoader(grey, batch_size=5) if loader else grey
+    straight, resumed = make(), make()
+    fit(straight, given, epochs=3, seed=5, **QUIET)
+    stop_after(6, lambda: fit(resumed, given, epochs=3, seed=5, out=tmp_path / "run", **QUIET))
+    fit(resumed, given, epochs=3, seed=5, out=tmp_path / "run", resume=True, **QUIET)
+    assert equal(straight, resumed)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"batch_size": 10}, "expected steps in an epoch 2, got 4"),
+    ({"optimizer": torch.optim.SGD}, "expected optimizer SGD, got Adam"),
+])  # fmt: skip
+def test_another_run_is_not_resumed(tmp_path, x, changed, message):
+    fit(make(), x, epochs=1, out=tmp_path / "run", **QUIET)
+    with pytest.raises(ValueError, match=message):
+        fit(make(), x, epochs=2, out=tmp_path / "run", resume=True, **{**QUIET, **changed})
+
+
+@pytest.mark.filterwarnings("ignore:config.yaml cannot name the anneal")
+def test_a_run_that_cannot_take_a_step_leaves_the_old_one(tmp_path, x):
+    fit(make(), x, epochs=1, out=tmp_path / "run", **QUIET)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for options in ({"anneal": lambda progress: 2 * progress - 1}, {"valid": torch.zeros(3, 9, 9)}):
+        with pytest.raises(ValueError, match="expected"):
+            fit(make(), x, epochs=1, out=tmp_path / "run", overwrite=True, **options, **QUIET)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_history_weighs_batches_by_their_data(x):
+    taken = list(steps(make(), x[:7], epochs=1, batch_size=5, seed=0))
+    history = fit(make(), x[:7], epochs=1, seed=0, **QUIET).history
+    assert history.loss[0] == pytest.approx((5 * taken[0].loss + 2 * taken[1].loss) / 7)
+    assert taken[0].num_data == 5
+
+
+def test_an_estimator_is_used_by_what_its_own_class_defines(x):
+    class Own(Trace_ELBO):
+        called = 0
+
+        def loss_and_grads(self, *arguments):
+            Own.called += 1
+            return super().loss_and_grads(*arguments)
+
+    fit(make(), x, estimator=Own(), epochs=1, **QUIET)
+    assert Own.called == 4
+
+
 def test_the_seed_decides(x):
     first, second, third = make(), make(), make()
     fit(first, x, epochs=1, seed=1, **QUIET)
@@ -381,6 +432,8 @@ def test_start_at_mean(x):
     ({"batch_size": 21}, "batch size: expected 1 to 20"),
     ({"lr_schedule": "warm"}, "one of cosine, one-cycle, got 'warm'"),
     ({"resume": True}, "expected a run directory"),
+    ({"anneal": "Linear(0.1)"}, "expected a function of progress"),
+    ({"estimator": JitTrace_ELBO()}, "expected Trace_ELBO"),
 ])  # fmt: skip
 def test_bad_arguments(options, message, x):
     with pytest.raises(ValueError, match=message):
