@@ -509,13 +509,13 @@ def _check_support(site: Any, batches: Batches | None) -> None:
             fit = [n for n in _CANDIDATES if getattr(pyro.distributions, n).support.check(x).all()]
             raise ValueError(
                 f"{site['name']}: expected values in the support of the {name} likelihood ({support}), got values from "
-                f"{low:g} to {high:g}; a likelihood that would fit: {', '.join(fit) or 'none'}"
+                f"{low:g} to {high:g}; of pyro.distributions would fit: {', '.join(fit) or 'none'}"
             )
         grey = grey or (name == "Bernoulli" and not ((x == 0) | (x == 1)).all().item())
     if grey:
         warnings.warn(
             f"{site['name']}: grey values under a Bernoulli are a loss and no likelihood; binarize the data "
-            '(data.load(..., binarize="dynamic")), or use a likelihood on [0, 1] such as ContinuousBernoulli',
+            '(data.load(..., binarize="dynamic")), or use a likelihood of pyro.distributions.ContinuousBernoulli',
             stacklevel=4,
         )
 

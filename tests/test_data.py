@@ -252,7 +252,7 @@ def test_a_loader_of_something_else(vae):
 @pytest.mark.parametrize(("x", "message"), [
     (torch.zeros(20, 8, 9), r"event shape \(8, 8\), got \(8, 9\)"),
     (torch.zeros(20, 1, 8, 8), r"event shape \(8, 8\), got \(1, 8, 8\)"),
-    (torch.full((20, 8, 8), -1.0), "from -1 to -1; a likelihood that would fit: Normal"),
+    (torch.full((20, 8, 8), -1.0), "from -1 to -1; of pyro.distributions would fit: Normal"),
     (torch.cat([torch.zeros(19, 8, 8), torch.full((1, 8, 8), 7.0)]), "would fit: Poisson, Normal"),
 ])  # fmt: skip
 def test_check_refuses(x, message, vae):
