@@ -132,7 +132,7 @@ def latent_space(means: Tensor, labels: Tensor | None = None) -> Figure:
     if 1 < len(kinds) <= 10:
         for kind in kinds:
             axes.scatter(*points[(labels == kind).numpy()].T, label=str(kind), **style)
-        axes.legend(markerscale=3, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(markerscale=6 / style["s"] ** 0.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
         axes.scatter(points[:, 0], points[:, 1], c=None if labels is None else labels.numpy(), **style)
     axes.set(xlabel=names[0], ylabel=names[1], title="posterior means")
