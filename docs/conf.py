@@ -28,7 +28,7 @@ myst_heading_anchors = 3
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600  # a cell takes seconds, but machines differ
 nb_execution_in_temp = True  # what a page writes goes with its run
 nb_merge_streams = True
 nb_output_stderr = "remove-warn"  # a warning on a page is a warning of the build
