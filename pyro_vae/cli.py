@@ -29,22 +29,9 @@ app = typer.Typer(
 )
 
 _COMPONENTS = ("latent", "network", "prior", "likelihood", "posterior")
-_CONFIGURED = (
-    *("data", "data_root", "binarize", "labels", "valid", "test", "data_seed", "program", "estimator", "anneal"),
-    *(
-        "epochs",
-        "batch_size",
-        "lr",
-        "optimizer",
-        "lr_schedule",
-        "device",
-        "precision",
-        "seed",
-        "start_at_mean",
-        "recorded",
-    ),
-)
 _DATA = ("data", "data_root", "binarize", "labels", "valid", "test", "data_seed")
+_FIT = ("program", "estimator", "anneal", "epochs", "batch_size", "lr", "optimizer", "lr_schedule", "device")
+_CONFIGURED = (*_DATA, *_FIT, "precision", "seed", "start_at_mean", "recorded")
 
 
 def _option(text: str, *names: str) -> Any:

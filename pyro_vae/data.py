@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_vae.estimators import in_data_plate
+from pyro_vae.handlers import in_data_plate
 from pyro_vae.programs import Program, num_inputs, placement, undisturbed
 
 __all__ = ["Batches", "InMemory", "Splits", "as_source", "check", "load", "to_float"]

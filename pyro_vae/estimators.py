@@ -12,7 +12,9 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["LogProbabilities", "in_data_plate", "log_probabilities", "log_weights"]
+from pyro_vae.handlers import in_data_plate
+
+__all__ = ["LogProbabilities", "log_probabilities", "log_weights"]
 
 
 class LogProbabilities(NamedTuple):
@@ -85,11 +87,6 @@ def log_weights(model: Callable, guide: Callable, *batch: Any, num_particles: in
     """
     log_p = log_probabilities(model, guide, *batch, num_particles=num_particles)
     return log_p.prior + log_p.likelihood - log_p.posterior
-
-
-def in_data_plate(site: Any) -> bool:
-    """Whether a sample site is local: in the plate named "data"."""
-    return any(frame.name == "data" for frame in site["cond_indep_stack"])
 
 
 def _sum_per_datum(trace: Any, num_particles: int, observed: bool) -> Tensor:

@@ -10,7 +10,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.data import Batches, as_source, check, to_float
-from pyro_vae.estimators import in_data_plate, log_probabilities
+from pyro_vae.estimators import log_probabilities
+from pyro_vae.handlers import in_data_plate
 from pyro_vae.programs import Program, num_inputs, undisturbed
 
 __all__ = [

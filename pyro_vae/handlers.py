@@ -12,7 +12,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["beta", "record"]
+__all__ = ["beta", "in_data_plate", "record"]
+
+
+def in_data_plate(site: Any) -> bool:
+    """Whether a sample site is local: in the plate named "data"."""
+    return any(frame.name == "data" for frame in site["cond_indep_stack"])
 
 
 class beta(Messenger):
@@ -148,8 +153,7 @@ class record(Messenger):
             return torch.full((size,), torch.nan)
         names, log_probs = [], []
         for owner, msg, unscaled in self._sites:
-            local = any(frame.name == "data" for frame in msg["cond_indep_stack"])
-            if owner == program and msg["is_observed"] == observed and local:
+            if owner == program and msg["is_observed"] == observed and in_data_plate(msg):
                 log_prob = scale_and_mask(unscaled.detach(), mask=msg["mask"])
                 names.append(msg["name"])
                 log_probs.append(log_prob if log_prob.ndim == 1 else log_prob.reshape(-1, size).mean(0))
