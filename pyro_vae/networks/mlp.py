@@ -1,4 +1,4 @@
-"""Networks that take any number of leading dimensions, and the two maps from their output to parameters."""
+"""Multilayer perceptrons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "scale", "split_parameters"]
+__all__ = ["MLP"]
 
 
 class MLP(nn.Module):
@@ -95,50 +95,3 @@ def _linear(fan_in: int, fan_out: int) -> nn.Linear:
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def split_parameters(
-    output: Tensor, leading: Sequence[int], num_params: int, shape: Sequence[int]
-) -> tuple[Tensor, ...]:
-    """Split a network's output into the `num_params` parameters of a distribution, each `(*leading, *shape)`.
-
-    Args:
-        output: The network's output, `(*leading, ...)` with `num_params * prod(shape)` values behind `leading`.
-        leading: Leading shape of the network's input.
-        num_params: How many parameters the distribution has.
-        shape: Event shape of the distribution.
-
-    Raises:
-        ValueError: If the output is of another size.
-
-    Example:
-        >>> loc, log_variance = split_parameters(torch.zeros(5, 40), (5,), 2, (20,))
-        >>> loc.shape
-        torch.Size([5, 20])
-    """
-    leading, shape = tuple(leading), tuple(shape)
-    wanted = num_params * math.prod(shape)
-    if output.shape[: len(leading)] != leading or output.numel() != math.prod(leading) * wanted:
-        raise ValueError(
-            f"network output: expected {wanted} values ({num_params} x {shape}) behind the leading shape {leading}, "
-            f"got shape {tuple(output.shape)}"
-        )
-    return output.reshape(*leading, num_params, *shape).unbind(len(leading))
-
-
-def scale(log_variance: Tensor) -> Tensor:
-    r"""The map from an unbounded head to a positive scale that all components share.
-
-    .. math:: \sigma = \exp(\tfrac12 \min(\max(v, -20), 20))
-
-    It is the textbook's log-variance head wherever that is sane, `4.5e-5 < sigma < 2.2e4`, and bounded beyond, so
-    that no head can overflow or divide by zero in float32.
-
-    Args:
-        log_variance: Any tensor `v`.
-
-    Example:
-        >>> scale(torch.tensor([0.0, 1e6])).tolist()
-        [1.0, 22026.46484375]
-    """
-    return torch.exp(0.5 * log_variance.clamp(-20.0, 20.0))

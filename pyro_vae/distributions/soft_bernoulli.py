@@ -1,4 +1,4 @@
-"""Distributions that Pyro lacks."""
+"""A Bernoulli for grey targets."""
 
 from __future__ import annotations
 

@@ -1,0 +1,77 @@
+"""From a network's output to the parameters of a distribution: the split, and the bounded maps of every component."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["positive", "scale", "split_parameters"]
+
+
+def split_parameters(
+    output: Tensor, leading: Sequence[int], num_params: int, shape: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Split a network's output into the `num_params` parameters of a distribution, each `(*leading, *shape)`.
+
+    Args:
+        output: The network's output, `(*leading, ...)` with `num_params * prod(shape)` values behind `leading`.
+        leading: Leading shape of the network's input.
+        num_params: How many parameters the distribution has.
+        shape: Event shape of the distribution.
+
+    Raises:
+        ValueError: If the output is of another size.
+
+    Example:
+        >>> loc, log_variance = split_parameters(torch.zeros(5, 40), (5,), 2, (20,))
+        >>> loc.shape
+        torch.Size([5, 20])
+    """
+    leading, shape = tuple(leading), tuple(shape)
+    wanted = num_params * math.prod(shape)
+    if output.shape[: len(leading)] != leading or output.numel() != math.prod(leading) * wanted:
+        raise ValueError(
+            f"network output: expected {wanted} values ({num_params} x {shape}) behind the leading shape {leading}, "
+            f"got shape {tuple(output.shape)}"
+        )
+    return output.reshape(*leading, num_params, *shape).unbind(len(leading))
+
+
+def positive(log_value: Tensor, bound: float = 10.0) -> Tensor:
+    r"""The map from an unbounded head to a positive parameter, the one that all components share.
+
+    .. math:: \operatorname{positive}(v) = \exp(\min(\max(v, -b), b))
+
+    An exponential, since scales, rates and concentrations act by ratios: a step of the head is a step of the same
+    ratio wherever it starts, and where the head is sane the gradient is that of the textbook's log-parameter. And
+    bounded, since the exponential alone overflows float32 at 88.7 and is zero below -103: with the bound no output of
+    a network makes a density infinite, or divides by zero.
+
+    Args:
+        log_value: Any tensor `v`.
+        bound: The bound `b`: 10 for scales and concentrations (4.5e-5 to 2.2e4), 20 for rates of counts (2.1e-9 to
+            4.9e8).
+
+    Example:
+        >>> positive(torch.tensor([0.0, -1e6, 1e6])).tolist()
+        [1.0, 4.539993096841499e-05, 22026.46484375]
+    """
+    return torch.exp(log_value.clamp(-bound, bound))
+
+
+def scale(log_variance: Tensor) -> Tensor:
+    r"""The scale of a log-variance head, `positive(v / 2)`.
+
+    .. math:: \sigma = \exp(\tfrac12 \min(\max(v, -20), 20))
+
+    Args:
+        log_variance: Any tensor `v`.
+
+    Example:
+        >>> scale(torch.tensor([0.0, 1e6])).tolist()
+        [1.0, 22026.46484375]
+    """
+    return positive(0.5 * log_variance)
