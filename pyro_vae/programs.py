@@ -12,7 +12,10 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
-__all__ = ["VAE", "Program", "declare_parameters", "num_inputs", "placement", "undisturbed"]
+from pyro_vae import posteriors, priors
+from pyro_vae.distributions import as_pyro, describe, same_support
+
+__all__ = ["VAE", "Program", "data_plate", "declare_parameters", "num_inputs", "observe", "placement", "undisturbed"]
 
 
 Program: TypeAlias = Any
@@ -25,9 +28,16 @@ class VAE(nn.Module):
     .. math:: p(x, z) = p(z)\, p(x \mid z), \qquad q(z \mid x) \approx p(z \mid x)
 
     Args:
-        prior: A module whose `forward()` returns p(z).
-        likelihood: A module whose `forward(z)` returns p(x given z).
+        prior: A module whose `forward()` returns p(z). With a global latent of its own, which `forward` samples, it
+            also has `guide()`, which samples that from its posterior.
+        likelihood: A module whose `forward(z)` returns p(x given z); with an attribute `exposure` that is true, its
+            `forward(z, exposure)`.
         posterior: A module whose `forward(x)` returns q(z given x).
+        size: Number of data that a batch is a subsample of. A prior with a global latent needs it.
+
+    Raises:
+        ValueError: If the prior and the posterior are of different supports or sizes, with what would fit; or if `size`
+            is missing.
 
     Reference:
         Kingma and Welling, 2014. Auto-encoding variational Bayes.
@@ -44,24 +54,106 @@ class VAE(nn.Module):
         >>> loss = Trace_ELBO().differentiable_loss(vae.model, vae.guide, torch.ones(3, 8, 8))
     """
 
-    def __init__(self, prior: nn.Module, likelihood: nn.Module, posterior: nn.Module):
+    def __init__(self, prior: nn.Module, likelihood: nn.Module, posterior: nn.Module, size: int | None = None):
         super().__init__()
+        _check_fit(prior, posterior)
+        if size is None and hasattr(prior, "guide"):
+            raise ValueError(
+                f"VAE: {type(prior).__name__} has a global latent, and needs the number of data: size=len(train)"
+            )
         self.prior = prior
         self.likelihood = likelihood
         self.posterior = posterior
+        self.size = size
 
-    def model(self, x: Tensor) -> None:
+    @property
+    def num_inputs(self) -> int:
+        """How many tensors of a batch the program takes: x, and perhaps an exposure."""
+        return 2 if getattr(self.likelihood, "exposure", False) else 1
+
+    def model(self, x: Tensor, *exposure: Tensor) -> None:
         """The joint density p(z) p(x given z)."""
         declare_parameters(self)
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", self.prior())
-            pyro.sample("x", self.likelihood(z), obs=x)
+        prior = as_pyro(self.prior())  # outside the plate, as a global latent of the prior is
+        with data_plate(x, self.size):
+            z = pyro.sample("z", prior)
+            observe(self.likelihood(z, *exposure), x)
 
-    def guide(self, x: Tensor) -> None:
+    def guide(self, x: Tensor, *exposure: Tensor) -> None:
         """The posterior q(z given x)."""
         declare_parameters(self)
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", self.posterior(x))
+        if hasattr(self.prior, "guide"):
+            self.prior.guide()
+        with data_plate(x, self.size):
+            pyro.sample("z", as_pyro(self.posterior(x)))
+
+
+def data_plate(x: Tensor, size: int | None = None) -> Any:
+    """The plate "data" of a batch: by itself, or as a subsample of `size` data.
+
+    Example:
+        >>> import torch
+        >>> data_plate(torch.zeros(5, 2), size=1000).size
+        1000
+    """
+    if size is None or size <= len(x):  # more data than it was trained on are no subsample
+        return pyro.plate("data", len(x), dim=-1)
+    # With the indices given, Pyro draws none.
+    return pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device), dim=-1)
+
+
+def observe(likelihood: Any, x: Tensor) -> None:
+    """Observe `x`: as the site "x", or, of a likelihood of named parts, as one site "x.<part>" a part.
+
+    Args:
+        likelihood: A distribution over `x`, or one with `split(x)`, which gives names, distributions and values.
+        x: The data.
+
+    Example:
+        >>> import torch
+        >>> import pyro.distributions as dist
+        >>> from pyro import poutine
+        >>> x = torch.zeros(3)
+        >>> list(poutine.trace(observe).get_trace(dist.Normal(x, 1.0).to_event(1), x).observation_nodes)
+        ['x']
+    """
+    parts = likelihood.split(x) if hasattr(likelihood, "split") else [(None, likelihood, x)]
+    for name, distribution, value in parts:
+        pyro.sample("x" if name is None else f"x.{name}", as_pyro(distribution), obs=value)
+
+
+def _check_fit(prior: nn.Module, posterior: nn.Module) -> None:
+    """Raise unless prior and posterior, as far as they tell, are distributions over the same thing."""
+    over, approximated = getattr(prior, "support", None), getattr(posterior, "support", None)
+    names = type(prior).__name__, type(posterior).__name__
+    if over is not None and approximated is not None and not same_support(over, approximated):
+        raise ValueError(
+            f"VAE: expected a prior and a posterior of one support, got {names[0]} over {describe(over)} and "
+            f"{names[1]} over {describe(approximated)}; with {names[0]} fit the posteriors "
+            f"{_of_support(posteriors, over)}, with {names[1]} the priors {_of_support(priors, approximated)}"
+        )
+    sizes = getattr(prior, "latent", None), getattr(posterior, "latent", None)
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"VAE: expected a prior and a posterior of one size, "
+            f"got {names[0]} of {sizes[0]} and {names[1]} of {sizes[1]} latent dimensions"
+        )
+    classes = getattr(prior, "classes", None), getattr(posterior, "classes", None)
+    if None not in classes and classes[0] != classes[1]:
+        raise ValueError(
+            f"VAE: expected groups of as many classes, got {classes[0]} in the prior, {classes[1]} in the posterior"
+        )
+
+
+def _of_support(module: Any, support: Any) -> str:
+    """Names of the components with this support, and of those that take another component's."""
+    found = [
+        name
+        for name in module.__all__
+        for own in [getattr(getattr(module, name), "support", None)]
+        if isinstance(own, property) or (own is not None and same_support(own, support))
+    ]
+    return ", ".join(found)
 
 
 def declare_parameters(module: nn.Module) -> None:
@@ -88,13 +180,15 @@ def declare_parameters(module: nn.Module) -> None:
 
 
 def num_inputs(program: Program) -> int:
-    """How many tensors of a batch the program takes: the arguments that its `model` must be given.
+    """How many tensors of a batch the program takes: what it says, or the arguments that its `model` must be given.
 
     Example:
         >>> import pyro_vae
         >>> num_inputs(pyro_vae.build((8, 8), latent=2))
         1
     """
+    if hasattr(program, "num_inputs"):
+        return program.num_inputs
     parameters = inspect.signature(program.model).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return 2**31

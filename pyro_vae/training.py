@@ -154,6 +154,7 @@ class Training:
         self.scheduler = _lr_scheduler(self.optimizer, lr_schedule, lr, self.total_steps)
         self.fabric = fabric
         self.anneal = anneal
+        self.annealed = [module for module in program.modules() if hasattr(module, "set_progress")]
         self.epochs = epochs
         self.step = 0
 
@@ -164,7 +165,10 @@ class Training:
                 yield self._take(epoch, batch)
 
     def _take(self, epoch: int, batch: tuple[Tensor, ...]) -> Step:
-        beta = self.anneal(self.step / self.total_steps)
+        progress = self.step / self.total_steps
+        beta = self.anneal(progress)
+        for module in self.annealed:
+            module.set_progress(progress)
         recorded = self.objective.recorded
         if not self.program.training:
             self.program.train()

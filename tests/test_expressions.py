@@ -41,7 +41,7 @@ def test_fills_in_what_the_builder_knows():
 
 
 @pytest.mark.parametrize(("text", "slot", "message"), [
-    ("MPL()", "net", "net: unknown name 'MPL'; there is MLP"),
+    ("MPL()", "net", "net: unknown name 'MPL'; there is .*MLP"),
     ("MLP(1, 2, hiden=[3])", "net", "'hiden'; it takes in_features, out_features, hidden, activation"),
     ("MLP(1, 2, [3], 'relu', 5)", "net", "too many positional"),
     ("MLP(1)", "net", "expected a value for out_features"),
@@ -55,8 +55,8 @@ def test_fills_in_what_the_builder_knows():
     ("1 + 1", "net", "expected a call such as"),
     ("lambda: 1", "net", "expected a call such as"),
     ("", "net", "expected a call such as"),
-    ("os.system('true')", "net", "unknown name 'os.system'; there is MLP"),
-    ("os.path.join('true')", "prior", "unknown name 'os.path.join'; there is StandardNormal"),
+    ("os.system('true')", "net", "unknown name 'os.system'; there is .*MLP"),
+    ("os.path.join('true')", "prior", "unknown name 'os.path.join'; there is .*StandardNormal"),
     ("__import__('os').system('true')", "net", "unknown name"),
     ("Bernoulli()", "estimator", "there is .*RenyiELBO.*Trace_ELBO"),
     ("ELBO()", "estimator", "unknown name 'ELBO'"),

@@ -1,5 +1,41 @@
 """Distributions that Pyro lacks."""
 
+from pyro_vae.distributions.continuous import BatchNormal, OpenBeta
+from pyro_vae.distributions.discretized import DiscretizedLogistic
+from pyro_vae.distributions.flows import FlowDistribution, as_pyro, import_zuko
+from pyro_vae.distributions.mixtures import DiagonalNormalMixture, mixture
+from pyro_vae.distributions.one_hot import OneHotCategoricalGroups, RelaxedOneHotCategoricalGroups
 from pyro_vae.distributions.soft_bernoulli import SoftBernoulli
+from pyro_vae.distributions.sphere import UniformSphere, VonMisesFisher
+from pyro_vae.distributions.supports import (
+    Grid,
+    OneHotGroups,
+    boolean_vector,
+    describe,
+    open_unit_interval,
+    same_support,
+    simplices,
+)
 
-__all__ = ["SoftBernoulli"]
+__all__ = [
+    "BatchNormal",
+    "DiagonalNormalMixture",
+    "DiscretizedLogistic",
+    "FlowDistribution",
+    "Grid",
+    "OneHotCategoricalGroups",
+    "OneHotGroups",
+    "OpenBeta",
+    "RelaxedOneHotCategoricalGroups",
+    "SoftBernoulli",
+    "UniformSphere",
+    "VonMisesFisher",
+    "as_pyro",
+    "boolean_vector",
+    "describe",
+    "import_zuko",
+    "mixture",
+    "open_unit_interval",
+    "same_support",
+    "simplices",
+]

@@ -1,0 +1,74 @@
+"""Mixtures of normal distributions that are scored by matrix products."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+__all__ = ["DiagonalNormalMixture", "mixture"]
+
+
+def mixture(logits: Tensor, components: Any) -> dist.Distribution:
+    """The mixture of the components in the last batch dimension, in the fastest form that there is of it.
+
+    Args:
+        logits: Log-weights, of shape `(C,)`.
+        components: A distribution of batch shape `(C,)`.
+
+    Example:
+        >>> components = dist.Normal(torch.zeros(5, 2), 1.0).to_event(1)
+        >>> type(mixture(torch.zeros(5), components)).__name__
+        'DiagonalNormalMixture'
+    """
+    diagonal = isinstance(components, dist.Independent) and type(components.base_dist) is dist.Normal
+    cls = DiagonalNormalMixture if diagonal and len(components.event_shape) == 1 else dist.MixtureSameFamily
+    return cls(dist.Categorical(logits=logits), components)
+
+
+class DiagonalNormalMixture(dist.MixtureSameFamily):
+    r"""A mixture of normal distributions with independent dimensions, the same for all values.
+
+    .. math:: \log N(z; \mu_c, \sigma_c) = -\tfrac12 \sum_d \left( \frac{z_d^2}{\sigma_{cd}^2}
+              - \frac{2 z_d \mu_{cd}}{\sigma_{cd}^2} + \frac{\mu_{cd}^2}{\sigma_{cd}^2} \right)
+              - \sum_d \log \sigma_{cd} \sqrt{2 \pi}
+
+    The sums are products of matrices: many times faster than the differences `z - mu` of all values and components.
+    They cancel where scales are small, and are therefore taken in float64.
+
+    Args:
+        mixture_distribution: Categorical of batch shape `()` over `C` components.
+        component_distribution: Independent normal of batch shape `(C,)` and event shape `(D,)`.
+
+    Example:
+        >>> components = dist.Normal(torch.zeros(5, 2), 1.0).to_event(1)
+        >>> DiagonalNormalMixture(dist.Categorical(logits=torch.zeros(5)), components).log_prob(torch.zeros(3, 2))
+        tensor([-1.8379, -1.8379, -1.8379])
+    """
+
+    def __init__(self, mixture_distribution: Any, component_distribution: Any, validate_args: bool | None = None):
+        super().__init__(mixture_distribution, component_distribution, validate_args)
+        self.once = mixture_distribution, component_distribution
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> DiagonalNormalMixture:
+        """The same distribution over a larger batch."""
+        new = super().expand(batch_shape, self._get_checked_instance(DiagonalNormalMixture, _instance))
+        new.once = self.once
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of values of shape `(*, D)`."""
+        if self._validate_args:
+            self._validate_sample(value)
+        weights, components = self.once
+        # Apple's devices have no float64.
+        dtype = value.dtype if value.device.type == "mps" else torch.float64
+        loc, scale, z = (t.to(dtype) for t in (components.base_dist.loc, components.base_dist.scale, value))
+        precision = scale.square().reciprocal()
+        constant = (0.5 * loc.square() * precision + scale.log()).sum(-1) + 0.5 * loc.shape[-1] * math.log(2 * math.pi)
+        log_density = z @ (loc * precision).mT - 0.5 * z.square() @ precision.mT - constant
+        log_density = (weights.logits + log_density).logsumexp(-1).to(value.dtype)
+        return log_density.expand(torch.broadcast_shapes(log_density.shape, self.batch_shape))
