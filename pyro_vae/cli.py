@@ -18,7 +18,7 @@ import pyro_vae
 from pyro_vae import evaluation, expressions, plots, runs
 from pyro_vae.data import InMemory, Splits
 from pyro_vae.likelihoods import Bernoulli
-from pyro_vae.programs import Program, num_inputs
+from pyro_vae.programs import Program
 
 app = typer.Typer(
     help=pyro_vae.__doc__,
@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 
 _COMPONENTS = ("latent", "network", "prior", "likelihood", "posterior")
-_DATA = ("data", "data_root", "binarize", "labels", "valid", "test", "data_seed")
+_DATA = ("data", "data_root", "binarize", "dequantize", "labels", "valid", "test", "data_seed")
 _FIT = ("program", "estimator", "anneal", "epochs", "batch_size", "lr", "optimizer", "lr_schedule", "device")
 _CONFIGURED = (*_DATA, *_FIT, "precision", "seed", "start_at_mean", "recorded")
 
@@ -45,6 +45,20 @@ Debug = Annotated[bool, _option("Show the traceback of an error.", "--debug")]
 NumParticles = Annotated[int, _option("Particles a datum of the log-likelihood.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pyro-vae {pyro_vae.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None: ...
+
+
 @app.command()
 def fit(
     data: Annotated[str, _option("digits, mnist, fashion_mnist, or a .npy, .npz, .csv or .parquet file.")] = "digits",
@@ -52,10 +66,13 @@ def fit(
     binarize: Annotated[
         str | None, _option("dynamic, static, threshold or none. By default dynamic, for grey data under Bernoulli.")
     ] = None,
+    dequantize: Annotated[
+        int | None, _option("Number of grey levels, such as 256, that are made continuous by uniform noise.")
+    ] = None,
     labels: Annotated[str | None, _option("Column or array that holds labels.")] = None,
     valid: Annotated[float | None, _option("Data held out for validation: a fraction or a count.")] = None,
     test: Annotated[float | None, _option("Data held out for testing: a fraction or a count.")] = None,
-    data_seed: Annotated[int, _option("Seed of splits and binarization.")] = 0,
+    data_seed: Annotated[int, _option("Seed of splits, binarization and noise.")] = 0,
     latent: Annotated[int | None, _option("Latent dimensions. [default: 20]", "--latent")] = None,
     network: Annotated[str | None, _option("Network of encoder and decoder. [default: MLP()]")] = None,
     prior: Annotated[str | None, _option("Prior. [default: StandardNormal()]")] = None,
@@ -111,7 +128,8 @@ def fit(
         raise ValueError(
             f"expected --program (which a configuration names) or its parts, got --{next(iter(chosen))} too"
         )
-    asked: Any = {"root": data_root, "labels": labels, "valid": valid, "test": test, "seed": data_seed}
+    held: Any = {"labels": labels, "valid": valid, "test": test}
+    asked: Any = {"root": data_root, "dequantize": dequantize, "seed": data_seed, **held}
     splits = pyro_vae.data.load(data, binarize=binarize or "none", **asked)
 
     # Written out and read back, so that the file of this run builds the very same weights again.
@@ -120,7 +138,8 @@ def fit(
     )
     seed_everything(seed, verbose=False)
     built = expressions.parse(program, "program", trust=trust)
-    if binarize is None and isinstance(getattr(built, "likelihood", None), Bernoulli) and splits.train.grey:
+    bernoulli = isinstance(getattr(built, "likelihood", None), Bernoulli)
+    if binarize is None and dequantize is None and bernoulli and splits.train.grey:
         _say("grey values are binarized dynamically for the Bernoulli likelihood (--binarize none keeps them)")
         splits = pyro_vae.data.load(data, binarize="dynamic", **asked)
     _say(f"{data}: {_sizes(splits)}")
@@ -146,6 +165,7 @@ def fit(
         resume=resume,
         overwrite=overwrite,
     )
+    _record_columns(run, splits.train)
     _evaluate(run, built, splits.test, num_particles)
     _figures(run, built, splits.test, fitted.history)
     _say(f"run directory: {run}")
@@ -157,6 +177,15 @@ def _fit(program: Program, train: InMemory, *, out: Path, **options: Any) -> pyr
     except KeyboardInterrupt:
         print(f"\npyro-vae: interrupted; go on with: pyro-vae fit --resume --out {out}", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _record_columns(run: Path, data: InMemory) -> None:
+    """Add to a run's configuration what its columns were, so that `sample` can write tables."""
+    if data.columns is not None:
+        config = runs.read_config(run)
+        categories = {name: list(values) for name, values in data.categories.items()}
+        config["recorded"] |= {"columns": list(data.columns), "categories": categories}
+        runs.write_config(run, config)
 
 
 @app.command()
@@ -181,26 +210,30 @@ def evaluate(
 def sample(
     run: Run,
     n: Annotated[int, _option("Number of samples.", "--n")] = 64,
-    out: Annotated[Path, _option("A picture (.png, .pdf, .svg) of means, or an array (.npy) of draws.")] = Path(
-        "samples.png"
-    ),
+    out: Annotated[
+        Path, _option("A picture (.png, .pdf, .svg) of means, or an array (.npy) or table (.csv) of draws.")
+    ] = Path("samples.png"),
     seed: Annotated[int, _option("Seed of the samples.")] = 0,
     device: Device = "auto",
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Draw data from a run's model."""
-    suffixes = (".png", ".pdf", ".svg", ".npy")
+    suffixes = (".png", ".pdf", ".svg", ".npy", ".csv")
     if out.suffix not in suffixes:
         raise ValueError(f"--out: expected a name that ends in {', '.join(suffixes)}; got {out}")
     program = _on(device, pyro_vae.load(run, trust=trust))
-    event_shape = runs.read_config(run).get("recorded", {}).get("event_shape", ())
-    means, draws = evaluation.sample(program, n, tuple(event_shape), seed=seed)
+    recorded = runs.read_config(run).get("recorded", {})
+    if out.suffix == ".csv" and not recorded.get("columns"):
+        raise ValueError(f"--out: expected a run whose data were a table to write {out}, got one without columns")
+    means, draws = evaluation.sample(program, n, tuple(recorded.get("event_shape", ())), seed=seed)
     with runs.replacing(out) as temporary:
         if out.suffix == ".npy":
             import numpy as np
 
             np.save(temporary, draws.numpy())
+        elif out.suffix == ".csv":
+            pyro_vae.data.decode(draws, recorded["columns"], recorded["categories"]).to_csv(temporary, index=False)
         else:
             plots.image_grid(means, columns=math.ceil(math.sqrt(n))).savefig(temporary)
     _say(f"{n} samples: {out}")
@@ -292,6 +325,10 @@ def _evaluate(
         "active_units": evaluation.active_units(program, test),
         "num_particles": num_particles,
     }
+    bins = getattr(getattr(program, "likelihood", None), "bins", None)
+    if bins is not None or test.dequantize is not None:
+        bits = evaluation.bits_per_dimension(-nll, test.event_shape, test.dequantize)
+        metrics["test_bits_per_dimension"] = bits.mean().item()
     if write:
         runs.write_json(run / runs.METRICS, metrics)
     _table(metrics, len(test))
@@ -302,23 +339,27 @@ def _table(metrics: dict[str, Any], num_data: int) -> None:
     from rich.table import Table
 
     table = Table(title=f"{num_data:,} test data, nats per datum")
-    for column in ("NLL", "ELBO", "rate", "distortion", "active units"):
+    cells = {"NLL": f"{metrics['test_nll']:.2f} ± {metrics['test_nll_se']:.2f}"}
+    if "test_bits_per_dimension" in metrics:
+        cells["bits/dim"] = f"{metrics['test_bits_per_dimension']:.3f}"
+    for column, name in (("ELBO", "test_elbo"), ("rate", "rate"), ("distortion", "distortion")):
+        cells[column] = f"{metrics[name]:.2f}"
+    cells["active units"] = str(metrics["active_units"])
+    for column in cells:
         table.add_column(column, justify="right")
-    nll = f"{metrics['test_nll']:.2f} ± {metrics['test_nll_se']:.2f}"
-    values = [f"{metrics[name]:.2f}" for name in ("test_elbo", "rate", "distortion")]
-    table.add_row(nll, *values, str(metrics["active_units"]))
+    table.add_row(*cells.values())
     Console().print(table)
 
 
 def _figures(run: Path, program: Program, test: InMemory, history: Any) -> None:
-    few, many = (InMemory(test.x[:n], None if test.y is None else test.y[:n]) for n in (64, 5000))
+    few, many = (test.select(slice(n)) for n in (64, 5000))
     reconstructed = evaluation.reconstruct(program, few)
     figures = {
         "training": plots.training_curve(history),
         "reconstructions": plots.reconstructions(pyro_vae.data.to_float(few.x), reconstructed),
         "latent_space": plots.latent_space(evaluation.posterior_means(program, many), many.y),
     }
-    if num_inputs(program) == 1:
+    if evaluation.takes_x_alone(program):
         figures["samples"] = plots.image_grid(evaluation.sample(program, 64, test.event_shape, seed=0)[0])
     for name, figure in figures.items():
         with runs.replacing(run / runs.FIGURES / f"{name}.png") as temporary:

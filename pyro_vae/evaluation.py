@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -12,11 +15,12 @@ from torch import Tensor
 from pyro_vae.data import Batches, as_source, check, to_float
 from pyro_vae.estimators import log_probabilities
 from pyro_vae.handlers import in_data_plate
-from pyro_vae.programs import Program, num_inputs, undisturbed
+from pyro_vae.programs import Program, undisturbed
 
 __all__ = [
     "Summary",
     "active_units",
+    "bits_per_dimension",
     "checked_batches",
     "elbo",
     "log_likelihood",
@@ -25,6 +29,7 @@ __all__ = [
     "reconstruct",
     "sample",
     "summarize",
+    "takes_x_alone",
 ]
 
 _VALUES_AT_ONCE = 2**20  # decoder outputs in a pass: 4 MB, which caches still hold
@@ -130,6 +135,44 @@ def log_likelihood(program: Program, data: Any, num_particles: int = 5000, *, se
         torch.Size([3])
     """
     return summarize(program, data, num_particles, seed=seed).log_likelihood
+
+
+def bits_per_dimension(log_likelihood: Tensor, event_shape: Sequence[int], bins: int | None = None) -> Tensor:
+    r"""Log-likelihoods in nats per datum as code length, in bits per dimension.
+
+    .. math:: b = -\frac{\log p(x)}{D \log 2}, \qquad
+              b = -\frac{\log p(y)}{D \log 2} + \log_2 \text{bins}, \quad y = \frac{i + u}{\text{bins}}
+
+    The first is of discrete data and their probabilities. The second is of grey levels `i` that were dequantized by
+    noise `u`, uniform on (0, 1), and of their density. It gives to levels the probability of their cell, whose volume
+    is :math:`\text{bins}^{-D}`, so that by Jensen's inequality `b` is, in expectation over the noise, an upper bound on
+    the bits per dimension of the discrete data:
+
+    .. math:: -\log P(i) = -\log \int_{\text{cell } i} p(y)\, dy = D \log \text{bins} - \log E_u[p(y)]
+              \le D \log \text{bins} - E_u[\log p(y)]
+
+    Args:
+        log_likelihood: Log-likelihoods (or lower bounds on them) of any shape, in nats per datum.
+        event_shape: Shape of one datum, of `D` values.
+        bins: Number of grey levels of data that were dequantized; None for discrete data.
+
+    Returns:
+        A tensor of the shape of `log_likelihood`, in bits per dimension.
+
+    Raises:
+        ValueError: If a datum has no values, or there are fewer than two bins.
+
+    Reference:
+        Theis, van den Oord and Bethge, 2016. A note on the evaluation of generative models.
+
+    Example:
+        >>> bits_per_dimension(torch.zeros(2), (1, 28, 28), bins=256)  # the uniform density
+        tensor([8., 8.])
+    """
+    dimensions = math.prod(event_shape)
+    if dimensions < 1 or (bins is not None and bins < 2):
+        raise ValueError(f"expected dimensions and at least 2 bins, got event shape {tuple(event_shape)}, bins={bins}")
+    return -log_likelihood / (dimensions * math.log(2)) + (0.0 if bins is None else math.log2(bins))
 
 
 def elbo(program: Program, data: Any, num_particles: int = 1, *, seed: int = 0) -> Tensor:
@@ -245,7 +288,7 @@ def sample(
     """Draw data from the model: the means of p(x given z) at draws of z from the prior, and draws of x.
 
     Args:
-        program: Any program whose observed site is "x".
+        program: Any program whose observed site is "x", or whose sites "x.<part>" hold its columns in order.
         num_samples: Number `S` of draws.
         event_shape: Shape of one datum.
         seed: Seed of the draws; None goes on from the current state, and leaves it as it was.
@@ -254,7 +297,7 @@ def sample(
         `(means, draws)`, tensors of shape `(S, *event_shape)`.
 
     Raises:
-        ValueError: If `num_samples` is not positive.
+        ValueError: If `num_samples` is not positive, or the model must be given more than x.
 
     Example:
         >>> import pyro_vae
@@ -262,24 +305,25 @@ def sample(
         >>> draws.unique().tolist()
         [0.0, 1.0]
     """
-    if num_inputs(program) > 1:
+    if not takes_x_alone(program):
         raise ValueError(
-            f"{type(program).__name__}: expected a model of x alone, got one of {num_inputs(program)} tensors"
+            f"{type(program).__name__}: expected a model of x alone, got model{inspect.signature(program.model)}"
         )
     if num_samples < 1:
         raise ValueError(f"number of samples: expected a positive number, got {num_samples}")
     batches = Batches(torch.zeros(num_samples, *event_shape), program, num_samples)
     with undisturbed(program, seed):
         trace: Any = poutine.trace(poutine.uncondition(program.model)).get_trace(*next(batches.epoch(0)))
-        site = trace.nodes["x"]
-        return _mean(site["fn"]).cpu(), site["value"].cpu()
+        sites = _observed(trace)
+        means, draws = [_mean(site["fn"]) for site in sites], [site["value"] for site in sites]
+        return _joined(means), _joined(draws)
 
 
 def reconstruct(program: Program, data: Any, *, seed: int = 0) -> Tensor:
     """The mean of p(x given z) at one draw of z from each datum's posterior.
 
     Args:
-        program: Any program whose observed site is "x".
+        program: Any program whose observed site is "x", or whose sites "x.<part>" hold its columns in order.
         data: Tensor, array, `Dataset` or `DataLoader`.
         seed: Seed of the draws.
 
@@ -296,8 +340,37 @@ def reconstruct(program: Program, data: Any, *, seed: int = 0) -> Tensor:
         for batch in checked_batches(program, data, 1).epoch(0):
             guide: Any = poutine.trace(program.guide).get_trace(*batch)
             model: Any = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*batch)
-            means.append(_mean(model.nodes["x"]["fn"]).cpu())
+            means.append(_joined([_mean(site["fn"]) for site in _observed(model)]))
     return torch.cat(means)
+
+
+def takes_x_alone(program: Program) -> bool:
+    """Whether the program's model can run on x alone, so that data can be drawn from it.
+
+    Example:
+        >>> import pyro_vae
+        >>> takes_x_alone(pyro_vae.build((8, 8), latent=2))
+        True
+    """
+    try:
+        inspect.signature(program.model).bind("x")
+    except TypeError:
+        return False
+    return True
+
+
+def _observed(trace: Any) -> list[Any]:
+    """The site "x", or those of its parts, "x.<part>", in order."""
+    sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+    sites = [site for site in sites if not site["infer"].get("_deterministic")]
+    found = [site for site in sites if site["name"] == "x"] or [s for s in sites if s["name"].startswith("x.")]
+    if not found:
+        raise ValueError(f'expected a site "x", or sites "x.<part>", got {[site["name"] for site in sites]}')
+    return found
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).cpu()
 
 
 def _mean(fn: Any) -> Tensor:

@@ -85,7 +85,7 @@ def image_grid(x: Tensor, columns: int = 8) -> Figure:
 
 
 def reconstructions(x: Tensor, reconstructed: Tensor, columns: int = 16) -> Figure:
-    """Originals, each with its reconstruction below it.
+    """Originals, each with its reconstruction below it: images in rows, other data as alternate rows of a matrix.
 
     Args:
         x: Data of shape `(N, *event_shape)`.
@@ -95,9 +95,13 @@ def reconstructions(x: Tensor, reconstructed: Tensor, columns: int = 16) -> Figu
     Example:
         >>> len(reconstructions(torch.rand(16, 1, 8, 8), torch.rand(16, 1, 8, 8)).axes)
         1
+        >>> reconstructions(torch.rand(16, 3), torch.rand(16, 3)).axes[0].get_ylabel()
+        'data and reconstructions in turn'
     """
     if not is_image(tuple(x.shape[1:])):
-        return image_grid(torch.stack([x, reconstructed], 1).flatten(0, 1))
+        figure = image_grid(torch.stack([x, reconstructed], 1).flatten(0, 1))
+        figure.axes[0].set(ylabel="data and reconstructions in turn", yticks=[])
+        return figure
     pairs = [half for row in zip(x.split(columns), reconstructed.split(columns), strict=True) for half in row]
     return image_grid(torch.cat(pairs), columns)
 

@@ -263,14 +263,19 @@ class Training:
 
 
 def _start_at_mean(program: Program, batches: Batches) -> None:
-    start_at = getattr(getattr(program, "likelihood", None), "start_at", None)
-    if start_at is None:
+    if not hasattr(getattr(program, "likelihood", None), "start_at"):
         raise ValueError(
             f"start_at_mean: expected a program whose likelihood has start_at(mean), got {type(program).__name__}"
         )
+    total: Any = 0
+    count: Any = 0
     with undisturbed(program):
-        sums, counts = zip(*((x.sum(0, dtype=torch.float32), len(x)) for x, *_ in batches.epoch(0)), strict=True)
-    start_at((torch.stack(sums).sum(0) / sum(counts)).to(batches.dtype))
+        for x, *exposure in batches.epoch(0):
+            total = total + x.sum(0, dtype=torch.float64)
+            count = count + (exposure[0].sum(dtype=torch.float64) if exposure else len(x))
+    for component in (program.likelihood, getattr(program, "prior", None)):
+        if hasattr(component, "start_at"):
+            component.start_at((total / count).to(batches.dtype))
 
 
 def _lr_scheduler(optimizer: torch.optim.Optimizer, schedule: Any, lr: float, total_steps: int) -> Any:

@@ -72,6 +72,7 @@ def test_fit_writes_a_run_and_prints_a_table(fitted):
         "runs/digits/checkpoint/last.safetensors",
         *(f"runs/digits/figures/{name}.png" for name in ("training", "samples", "reconstructions", "latent_space")),
     }
+    assert "bits/dim" not in done.stdout
     for word in ("NLL", "ELBO", "rate", "distortion", "active units", "nats per datum", "binarized dynamically"):
         assert word in done.stdout
     metrics = json.loads((folder / "runs/digits/metrics.json").read_text())
@@ -190,6 +191,78 @@ def test_files_of_ones_own(call, tmp_path):
     assert call("evaluate", "runs/counts", "--num-particles", "20")[0] == 0
 
 
+def test_dequantized_data_give_bits_per_dimension(call, tmp_path):
+    code, out, err = call(*FIT, "--dequantize", "17", "--likelihood", "Gaussian()", "--out", "run")
+    assert code == 0, err
+    assert "bits/dim" in out
+    assert "binarized" not in out
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    expected = metrics["test_nll"] / 64 / np.log(2) + np.log2(17)
+    assert metrics["test_bits_per_dimension"] == pytest.approx(expected)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["dequantize"] == 17
+    code, out, err = call("evaluate", "run", "--num-particles", "20")
+    assert (code, "bits/dim" in out) == (0, True), err
+    assert json.loads((tmp_path / "run/metrics.json").read_text()) == metrics
+    code, _, err = call("fit", "--config", "run/config.yaml", "--out", "again", "--num-particles", "20")
+    assert code == 0, err
+    assert json.loads((tmp_path / "again/metrics.json").read_text()) == metrics
+
+
+def test_discretized_likelihoods_give_bits_per_dimension(call, tmp_path):
+    code, out, err = call(*FIT, "--likelihood", "DiscretizedLogistic(bins=17)", "--out", "run")
+    assert (code, "bits/dim" in out) == (0, True), err
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["test_bits_per_dimension"] == pytest.approx(metrics["test_nll"] / 64 / np.log(2))
+
+
+TABLE = """
+from pyro.distributions import Bernoulli, Normal
+from torch import nn
+from pyro_vae.distributions.joint import Joint
+
+class Table(nn.Module):
+    num_params = 2
+    columns = ("age", "kind")
+
+    def __init__(self, net, event_shape):
+        super().__init__()
+        self.net, self.event_shape = net, event_shape
+
+    def forward(self, z):
+        out = self.net(z)
+        age = Normal(out[..., :1], out[..., 1:2].clamp(-2, 2).exp()).to_event(1)
+        return Joint({"age": age, "kind": Bernoulli(logits=out[..., 2:3]).to_event(1)})
+"""
+
+
+def test_tables_in_and_out(call, tmp_path):
+    (tmp_path / "my_table.py").write_text(TABLE)
+    frame = pd.DataFrame({"age": np.random.default_rng(0).normal(size=60), "kind": ["yes", "no", "no"] * 20})
+    frame.to_csv(tmp_path / "people.csv", index=False)
+    arguments = ["fit", "--data", "people.csv", "--batch-size", "10", *FIT[3:], "--out", "run"]
+    code, _, err = call(*arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "text or categories in kind (a Heterogeneous likelihood takes them; --labels kind makes it the labels" in err
+    code, out, err = call(*arguments, "--likelihood", "my_table.Table()", "--no-start-at-mean")
+    assert code == 0, err
+    assert "bits/dim" not in out
+    recorded = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["recorded"]
+    assert (recorded["columns"], recorded["categories"]) == (["age", "kind"], {"kind": ["no", "yes"]})
+    code, _, err = call("sample", "run", "--n", "50", "--out", "draws.csv", "--trust")
+    assert code == 0, err
+    drawn = pd.read_csv(tmp_path / "draws.csv")
+    assert (list(drawn.columns), len(drawn), set(drawn.kind)) == (["age", "kind"], 50, {"no", "yes"})
+    assert call("evaluate", "run", "--num-particles", "20", "--trust")[0] == 0
+    sys.modules.pop("my_table", None)
+
+
+def test_samples_are_a_table_only_where_data_were(fitted, call):
+    folder, _ = fitted
+    code, _, err = call("sample", folder / "runs/digits", "--out", "samples.csv")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "expected a run whose data were a table" in err
+
+
 def test_components_of_ones_own(call, tmp_path):
     (tmp_path / "my_components.py").write_text(
         "from pyro_vae.priors import StandardNormal\nclass MyPrior(StandardNormal):\n"
@@ -213,8 +286,8 @@ def test_components_of_ones_own(call, tmp_path):
     (["fit", "--data", "junk.npy"], "holds no array"),
     (["fit", "--data", "nan.npy"], "finite values, got 1 NaN"),
     (["fit", "--data", "inf.npy"], "finite values, got 1 NaN or infinite"),
-    (["fit", "--data", "negative.npy"], "support of the Bernoulli likelihood .* would fit: Normal"),
-    (["fit", "--data", "counts.npy"], "would fit: Poisson"),
+    (["fit", "--data", "negative.npy"], "support of the Bernoulli likelihood .* would fit: .*Gaussian"),
+    (["fit", "--data", "counts.npy"], "would fit: .*Poisson"),
     (["fit", "--data", "empty.npy"], "at least one datum"),
     (["fit", "--batch-size", "2000"], r"expected 1 to 1258 \(the number of data\), got 2000"),
     (["fit", "--batch-size", "0"], "batch size: expected 1 to 1258"),
@@ -223,12 +296,14 @@ def test_components_of_ones_own(call, tmp_path):
     (["fit", "--lr", "0"], "positive epochs and lr"),
     (["fit", "--latent", "0"], "positive sizes, got latent=0"),
     (["fit", "--num-particles", "0"], "expected a positive number"),
-    (["fit", "--network", "MPL()"], "unknown name 'MPL'; there is MLP"),
+    (["fit", "--network", "MPL()"], "unknown name 'MPL'; there is .*MLP"),
     (["fit", "--network", "MLP(hiden=[3])"], "it takes in_features, out_features, hidden, activation"),
     (["fit", "--network", "MLP(hidden=[0])"], "expected positive sizes"),
     (["fit", "--estimator", "ELBO()"], "there is .*Trace_ELBO"),
     (["fit", "--anneal", "Lin(0.1)"], "there is Constant, Cosine"),
     (["fit", "--optimizer", "Adan()"], "unknown name 'Adan'"),
+    (["fit", "--dequantize", "256"], r"on the grid i / 255 in \[0, 1\], got 0"),
+    (["fit", "--dequantize", "17", "--binarize", "static"], "one of binarize and dequantize"),
     (["fit", "--binarize", "often"], "one of dynamic, static, threshold"),
     (["fit", "--lr-schedule", "warm"], "one of cosine, one-cycle"),
     (["fit", "--device", "tpux"], "device|accelerator"),
@@ -275,6 +350,7 @@ def test_help_and_entry_point(call, tmp_path):
         code, out, _ = call(*arguments)
         assert code == 0
         assert "Usage: pyro-vae" in out
+    assert call("--version") == (0, f"pyro-vae {pyro_vae.__version__}\n", "")
     script = subprocess.run(["pyro-vae", "--help"], capture_output=True, text=True, check=True)
     assert "fit" in script.stdout
 

@@ -18,6 +18,7 @@ ORDER = [
     "schedules",
     "estimators",
     "expressions",
+    "catalogue",
     "data",
     "evaluation",
     "runs",

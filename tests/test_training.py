@@ -204,8 +204,6 @@ def test_annealing_keeps_the_true_elbo_in_the_history(x):
     np.testing.assert_allclose(history.elbo, -(history.rate + history.distortion), rtol=1e-6)
     taken = list(steps(make(), x, anneal=schedules.Linear(1.0), epochs=1, batch_size=5, seed=0))
     assert [s.beta for s in taken] == [0, 0.25, 0.5, 0.75]
-    for step in taken:
-        assert step.loss - step.distortion <= step.rate + 1e-4
 
 
 def test_trace_elbo_loss_under_annealing_is_distortion_plus_beta_rate(x):

@@ -1,9 +1,11 @@
 """Distributions that Pyro lacks."""
 
+from pyro_vae.distributions.autoregressive import Autoregressive
 from pyro_vae.distributions.continuous import BatchNormal, OpenBeta
 from pyro_vae.distributions.discretized import DiscretizedLogistic
 from pyro_vae.distributions.flows import FlowDistribution, as_pyro, import_zuko
-from pyro_vae.distributions.mixtures import DiagonalNormalMixture, mixture
+from pyro_vae.distributions.joint import Joint
+from pyro_vae.distributions.mixtures import DiagonalNormalMixture, PathwiseMixture, mixture
 from pyro_vae.distributions.one_hot import OneHotCategoricalGroups, RelaxedOneHotCategoricalGroups
 from pyro_vae.distributions.soft_bernoulli import SoftBernoulli
 from pyro_vae.distributions.sphere import UniformSphere, VonMisesFisher
@@ -18,14 +20,17 @@ from pyro_vae.distributions.supports import (
 )
 
 __all__ = [
+    "Autoregressive",
     "BatchNormal",
     "DiagonalNormalMixture",
     "DiscretizedLogistic",
     "FlowDistribution",
     "Grid",
+    "Joint",
     "OneHotCategoricalGroups",
     "OneHotGroups",
     "OpenBeta",
+    "PathwiseMixture",
     "RelaxedOneHotCategoricalGroups",
     "SoftBernoulli",
     "UniformSphere",

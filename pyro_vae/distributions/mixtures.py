@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-__all__ = ["DiagonalNormalMixture", "mixture"]
+__all__ = ["DiagonalNormalMixture", "PathwiseMixture", "mixture"]
 
 
 def mixture(logits: Tensor, components: Any) -> dist.Distribution:
@@ -72,3 +72,26 @@ class DiagonalNormalMixture(dist.MixtureSameFamily):
         log_density = z @ (loc * precision).mT - 0.5 * z.square() @ precision.mT - constant
         log_density = (weights.logits + log_density).logsumexp(-1).to(value.dtype)
         return log_density.expand(torch.broadcast_shapes(log_density.shape, self.batch_shape))
+
+
+class PathwiseMixture(dist.MixtureOfDiagNormals):
+    """Pyro's mixture of normal distributions with reparameterized draws, of which one may take several at once.
+
+    Pyro's own confuses the dimensions of the samples with those of the batch: it fails, or draws from the mixture of
+    another datum.
+
+    Args:
+        locs: Means, of shape `(*batch, components, D)`.
+        coord_scale: Scales, of the same shape.
+        component_logits: Log-weights, of shape `(*batch, components)`.
+
+    Example:
+        >>> PathwiseMixture(torch.zeros(5, 3, 2), torch.ones(5, 3, 2), torch.zeros(5, 3)).sample((4,)).shape
+        torch.Size([4, 5, 2])
+    """
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw, with a gradient."""
+        if not sample_shape:
+            return super().rsample()
+        return self.expand(torch.Size(sample_shape) + self.batch_shape).rsample()

@@ -121,6 +121,6 @@ def describe(support: Any) -> str:
         "IntegerGreaterThan(lower_bound=0)": "0, 1, 2, ...",
         "OneHotGroups()": "one-hot vectors",
         "Simplices()": "simplices",
-        "Sphere()": "the unit sphere",
+        "Sphere": "the unit sphere",
     }
     return words.get(repr(support), repr(support))

@@ -17,6 +17,11 @@ from pyro_vae.networks import positive, scale
 __all__ = ["Beta", "ContinuousBernoulli", "Gamma", "Gaussian", "Laplace", "LogNormal", "StudentT"]
 
 
+def _location(output: Tensor) -> Tensor:
+    """A location, bounded: beyond, the square of a distance in units of the scale is infinite in float32."""
+    return output.clamp(-1e12, 1e12)
+
+
 class Gaussian(Factorized):
     r"""Real data with normal noise, whose scale is learned value by value, or one for all.
 
@@ -61,6 +66,7 @@ class Gaussian(Factorized):
 
     def distribution(self, loc: Tensor, log_variance: Tensor | None = None) -> Any:
         """Normal with this mean and this log-variance, or the one that all values share."""
+        loc = _location(loc)
         if log_variance is not None:
             return dist.Normal(loc, scale(log_variance))
         if self.scale == "global":
@@ -132,7 +138,7 @@ class StudentT(Factorized):
 
     def distribution(self, loc: Tensor, log_variance: Tensor, log_df: Tensor) -> Any:
         """Student's t with this location and scale, and `2 + positive(log_df)` degrees of freedom."""
-        return dist.StudentT(2 + positive(log_df), loc, scale(log_variance))
+        return dist.StudentT(2 + positive(log_df), _location(loc), scale(log_variance))
 
     def first_parameter(self, mean: Tensor) -> Tensor:
         """The location."""
@@ -159,7 +165,8 @@ class LogNormal(Factorized):
 
     def distribution(self, loc: Tensor, log_variance: Tensor) -> Any:
         """Log-normal with this mean of log x, and scale from the log-variance head."""
-        return dist.LogNormal(loc.clamp(-20.0, 20.0), scale(log_variance))
+        # Bounded so that float32 holds what is drawn.
+        return dist.LogNormal(loc.clamp(-20.0, 20.0), scale(log_variance.clamp(max=4.0)))
 
     def first_parameter(self, mean: Tensor) -> Tensor:
         """Log of the mean, less half the variance of log x."""

@@ -138,7 +138,26 @@ class NegativeBinomial(_Counts):
         return dist.NegativeBinomial(dispersion, logits=rate.log() - dispersion.log())
 
 
-class ZeroInflatedPoisson(_Counts):
+class _ZeroInflated(_Counts):
+    """Counts that are zero more often: the last output is the logit of the gate."""
+
+    def first_parameter(self, mean: Tensor) -> Tensor:
+        """Log of twice the mean, since the gate starts at a half."""
+        return super().first_parameter(2 * mean)
+
+
+class _Gated(dist.ZeroInflatedDistribution):
+    """Pyro's, but the gate's probability is not kept: beside its logits `expand` refuses it, and densities lose by it.
+
+    Pyro's own for Poisson and negative binomial have parameters that are checked, and fail, where float32 rounds to 1.
+    """
+
+    @property
+    def gate(self) -> Tensor:
+        return torch.sigmoid(self.gate_logits)
+
+
+class ZeroInflatedPoisson(_ZeroInflated):
     r"""Counts at a rate, with more zeros than Poisson's.
 
     .. math:: p(x \mid z) = \prod_d g_d\, [x_d = 0] + (1 - g_d)\, \text{Poisson}(x_d; e\, \lambda_d)
@@ -164,10 +183,10 @@ class ZeroInflatedPoisson(_Counts):
 
     def distribution(self, rate: Tensor, gate_logits: Tensor) -> Any:
         """Zero-inflated Poisson with this rate."""
-        return dist.ZeroInflatedPoisson(rate, gate_logits=gate_logits.clamp(-15.0, 15.0))
+        return _Gated(dist.Poisson(rate), gate_logits=gate_logits.clamp(-15.0, 15.0))
 
 
-class ZeroInflatedNegativeBinomial(_Counts):
+class ZeroInflatedNegativeBinomial(_ZeroInflated):
     r"""Counts that vary more than Poisson's, with more zeros.
 
     .. math:: p(x \mid z) = \prod_d g_d\, [x_d = 0] + (1 - g_d)\, \text{NB}(x_d; m_d e, r_d)
@@ -196,4 +215,5 @@ class ZeroInflatedNegativeBinomial(_Counts):
         """Zero-inflated negative binomial with this mean and log dispersion."""
         dispersion = positive(log_dispersion)
         logits = rate.log() - dispersion.log()
-        return dist.ZeroInflatedNegativeBinomial(dispersion, logits=logits, gate_logits=gate_logits.clamp(-15.0, 15.0))
+        counts = dist.NegativeBinomial(dispersion, logits=logits)
+        return _Gated(counts, gate_logits=gate_logits.clamp(-15.0, 15.0))

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.networks import split_parameters
+from pyro_vae.networks import flat_output_bias, split_parameters
 
 __all__ = ["Factorized"]
 
@@ -59,8 +59,8 @@ class Factorized(nn.Module):
         raise NotImplementedError
 
     def first_parameter(self, mean: Tensor) -> Tensor:
-        """The first parameter of a likelihood with this mean, where the others are at zero."""
-        raise NotImplementedError
+        """The first parameter of a likelihood with this mean, the others being zero; zero where none is known."""
+        return torch.zeros_like(mean)
 
     def start_at(self, mean: Tensor) -> None:
         """Set the network's output bias so that it starts from the data's mean, of shape `event_shape`.
@@ -68,14 +68,9 @@ class Factorized(nn.Module):
         Raises:
             ValueError: If the network has no `output_bias` of the size of its outputs.
         """
-        bias = getattr(self.net, "output_bias", None)
-        if bias is None or bias.numel() != self.num_outputs:
-            raise ValueError(
-                f"{type(self.net).__name__}: expected an output_bias of {self.num_outputs} values to start at the mean"
-            )
-        with torch.no_grad():
-            first = self.first_parameter(mean.to(bias)).reshape(-1)
-            bias.view(-1)[: first.numel()] = first
+        bias = flat_output_bias(self.net, self.num_outputs)
+        first = self.first_parameter(mean.to(bias)).reshape(-1)
+        bias[: first.numel()] = first
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

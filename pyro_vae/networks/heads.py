@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["positive", "scale", "split_parameters"]
+__all__ = ["flat_output_bias", "positive", "scale", "split_parameters"]
 
 
 def split_parameters(
@@ -38,6 +38,27 @@ def split_parameters(
             f"got shape {tuple(output.shape)}"
         )
     return output.reshape(*leading, num_params, *shape).unbind(len(leading))
+
+
+def flat_output_bias(net: nn.Module, num_outputs: int) -> Tensor:
+    """The network's output bias as a flat view, to be set in place.
+
+    Args:
+        net: A network.
+        num_outputs: How many outputs it has.
+
+    Raises:
+        ValueError: If it has no `output_bias` of that size.
+
+    Example:
+        >>> from pyro_vae.networks import MLP
+        >>> flat_output_bias(MLP(2, 3), 3).tolist()
+        [0.0, 0.0, 0.0]
+    """
+    bias = getattr(net, "output_bias", None)
+    if bias is None or bias.numel() != num_outputs:
+        raise ValueError(f"{type(net).__name__}: expected an output_bias of {num_outputs} values to start at the mean")
+    return bias.detach().view(-1)
 
 
 def positive(log_value: Tensor, bound: float = 10.0) -> Tensor:

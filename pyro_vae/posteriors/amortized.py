@@ -55,7 +55,8 @@ class Amortized(nn.Module):
                 f"{type(self).__name__}: expected {self.num_outputs} values of the network for a datum, "
                 f"got shape {tuple(outputs.shape)}"
             )
-        return outputs
+        # No location is a million away; beyond, the square of a distance in float32 would be infinite.
+        return outputs.clamp(-1e6, 1e6)
 
     def distribution(self, outputs: Tensor) -> Any:
         """The distribution of outputs of shape `(*leading, num_outputs)`."""

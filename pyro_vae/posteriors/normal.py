@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.distributions import PathwiseMixture
 from pyro_vae.networks import scale
 from pyro_vae.posteriors.amortized import Amortized
 
@@ -53,7 +54,7 @@ class FullNormal(Amortized):
 
     .. math:: q(z \mid x) = N(z; \mu, L L^T), \quad L = \operatorname{diag}(\sigma)\, (I + M)
 
-    with `M` strictly lower triangular: rows in units of their own scale.
+    with `M` strictly lower triangular, its entries bounded by 10: rows in units of their own scale.
 
     Args:
         net: A network from data to means, log-variances and the entries of `M` row by row:
@@ -90,14 +91,17 @@ class FullNormal(Amortized):
         """Multivariate normal with these means, log-variances and entries of `M`."""
         loc, log_variance, entries = outputs.split([self.latent, self.latent, len(self.rows)], -1)
         unit = torch.eye(self.latent, dtype=loc.dtype, device=loc.device).repeat(*loc.shape[:-1], 1, 1)
-        unit[..., self.rows, self.columns] = entries
+        unit[..., self.rows, self.columns] = entries.clamp(-10.0, 10.0)
         return dist.MultivariateNormal(loc, scale_tril=scale(log_variance).unsqueeze(-1) * unit)
 
 
 class LowRankNormal(Amortized):
     r"""A normal posterior whose covariance is diagonal plus one of low rank.
 
-    .. math:: q(z \mid x) = N(z; \mu, \operatorname{diag}(\sigma^2) + W W^T), \quad W \in R^{\text{latent} \times r}
+    .. math:: q(z \mid x) = N(z; \mu, S (I + W W^T) S), \quad S = \operatorname{diag}(\sigma), \quad
+              W \in R^{\text{latent} \times r}
+
+    with entries of `W` bounded by 30, rows in units of their own scale.
 
     Args:
         net: A network from data to means, log-variances and `10 W` (so that it starts nearly diagonal):
@@ -128,9 +132,10 @@ class LowRankNormal(Amortized):
     def distribution(self, outputs: Tensor) -> Any:
         """Low-rank normal with these means, log-variances and columns of `W`."""
         loc, log_variance, *columns = outputs.chunk(self.num_params, -1)
-        # Below 1e-3 a scale beside the low rank leaves nothing of it in float32.
-        variance = scale(log_variance).square() + 1e-6
-        return dist.LowRankMultivariateNormal(loc, 0.1 * torch.stack(columns, -1), variance)
+        diagonal = scale(log_variance)
+        # With more of the low rank beside the diagonal, float32 has nothing of the latter.
+        factor = diagonal.unsqueeze(-1) * (0.1 * torch.stack(columns, -1)).clamp(-30.0, 30.0)
+        return dist.LowRankMultivariateNormal(loc, factor, diagonal.square())
 
 
 class Mixture(Amortized):
@@ -172,4 +177,6 @@ class Mixture(Amortized):
         """The mixture of these means, log-variances and logits."""
         shape = (self.components, self.latent)
         loc, log_variance, logits = self._split(outputs, shape, shape, (self.components,))
-        return dist.MixtureOfDiagNormals(loc, scale(log_variance), logits)
+        # Components in one place have no direction from one to the other: they are moved apart by a hair.
+        hair = 1e-6 * torch.arange(self.components, dtype=loc.dtype, device=loc.device).unsqueeze(-1)
+        return PathwiseMixture(loc + hair * (1 + loc.abs()), scale(log_variance), logits)

@@ -88,7 +88,7 @@ class SemiAmortized(nn.Module):
         """The sum over data of the ELBO, estimated by one draw."""
         posterior = self.base.distribution(outputs)
         if not posterior.has_rsample:
-            raise ValueError(f"SemiAmortized: expected a base with reparameterized draws, got {self.base}")
+            raise ValueError(f"SemiAmortized: expected a base with reparameterized draws, got {type(self.base).__name__}")
         z = posterior.rsample()
         log_prior, log_likelihood = as_pyro(self.prior()).log_prob(z), self.likelihood(z).log_prob(x)
         return (log_prior + log_likelihood - posterior.log_prob(z)).sum()

@@ -1,0 +1,124 @@
+"""Batches of anything that holds data."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pyro_vae.data.loading import Splits
+from pyro_vae.data.sets import InMemory, to_float
+from pyro_vae.programs import Program, num_inputs, placement
+
+__all__ = ["Batches", "as_source"]
+
+
+def as_source(data: Any) -> Dataset | DataLoader:
+    """A tensor, array, table, `(x, y)` pair, `Dataset` or `DataLoader` as something that batches are drawn from.
+
+    Raises:
+        ValueError: If it is something else.
+
+    Example:
+        >>> len(as_source(np.zeros((3, 2))))
+        3
+    """
+    if isinstance(data, Dataset | DataLoader):
+        return data
+    if isinstance(data, Splits | str | dict):
+        raise ValueError(f"data: expected a tensor, array, Dataset or DataLoader, got {type(data).__name__}")
+    if isinstance(data, tuple) and len(data) == 2:
+        return InMemory(*data)
+    try:
+        return InMemory(data)
+    except TypeError:
+        raise ValueError(f"data: expected a tensor, array, Dataset or DataLoader, got {type(data).__name__}") from None
+
+
+class Batches:
+    """Batches of data on the program's device, one epoch at a time, in an order that the seed and the epoch fix.
+
+    Args:
+        data: Anything that `as_source` takes. A `DataLoader` keeps its own batch size and order (and a run that was
+            stopped within an epoch of one that shuffles goes on with another order).
+        program: The program, which says how many tensors of a batch it takes, and their device and dtype.
+        batch_size: Data in a batch; the last one of an epoch may be smaller.
+        seed: Seed of the order; None keeps the order of the data.
+
+    Raises:
+        ValueError: If the batch size is not in [1, number of data], or the data have no length.
+
+    Example:
+        >>> import pyro_vae
+        >>> batches = Batches(torch.zeros(10, 8, 8), pyro_vae.build((8, 8), latent=2), batch_size=4)
+        >>> [len(x) for (x,) in batches.epoch(0)]
+        [4, 4, 2]
+    """
+
+    def __init__(self, data: Any, program: Program, batch_size: int, seed: int | None = None):
+        self.source: Any = as_source(data)
+        self.device, self.dtype = placement(program)
+        self.num_inputs = num_inputs(program)
+        self.batch_size = batch_size
+        self.seed = seed
+        sized: Any = self.source.dataset if isinstance(self.source, DataLoader) else self.source
+        try:
+            self.num_data = len(sized)
+        except TypeError:
+            raise ValueError("data: expected a Dataset or DataLoader with a length, got one without") from None
+        if self.num_data == 0:
+            raise ValueError("data: expected at least one datum, got none")
+        if not isinstance(self.source, DataLoader) and not 1 <= batch_size <= self.num_data:
+            raise ValueError(f"batch size: expected 1 to {self.num_data} (the number of data), got {batch_size}")
+        if isinstance(self.source, InMemory):
+            self.source = self.source.to(self.device)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self.source) if isinstance(self.source, DataLoader) else -(-self.num_data // self.batch_size)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of an epoch, without its first `skip`."""
+        if isinstance(self.source, InMemory):
+            for rows in self._order(epoch).to(self.device).split(self.batch_size)[skip:]:
+                yield self.rows(rows)
+            return
+        loader = self.source
+        if not isinstance(loader, DataLoader):
+            order, generator = self._order(epoch).tolist(), torch.Generator()  # else it draws from the global state
+            loader = DataLoader(self.source, batch_size=self.batch_size, sampler=order, generator=generator)
+        if skip == 0:
+            yield from map(self._inputs, loader)
+            return
+        # What is skipped was drawn before the checkpoint, whose random state must not be touched again.
+        with torch.random.fork_rng([]):
+            rest = itertools.islice(loader, skip, None)
+            batch = next(rest, None)
+        while batch is not None:
+            yield self._inputs(batch)
+            batch = next(rest, None)
+
+    def rows(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The batch of these rows, a tensor of indices on the program's device, of data in memory."""
+        return self._inputs(self.source[rows])
+
+    def _order(self, epoch: int) -> Tensor:
+        if self.seed is None:
+            return torch.arange(self.num_data)
+        state = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
+        return torch.randperm(self.num_data, generator=torch.Generator().manual_seed(int(state[0])))
+
+    def _inputs(self, batch: Any) -> tuple[Tensor, ...]:
+        items = batch if isinstance(batch, tuple | list) else (batch,)
+        if not all(isinstance(item, Tensor) for item in items):
+            raise ValueError(
+                f"data: expected tensors in a batch, got {', '.join(type(item).__name__ for item in items)}"
+            )
+        x, *rest = (item.to(self.device, non_blocking=True) for item in items[: self.num_inputs])
+        # Labels and other companions keep integer dtypes.
+        return (to_float(x, self.dtype), *(r.to(self.dtype) if r.is_floating_point() else r for r in rest))

@@ -1,0 +1,161 @@
+"""Do the data suit the program? Asked before anything is computed from them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import TransformedDistribution, constraints
+
+from pyro_vae import likelihoods
+from pyro_vae.data.batches import Batches
+from pyro_vae.data.sets import InMemory
+from pyro_vae.handlers import in_data_plate
+from pyro_vae.programs import Program, undisturbed
+
+__all__ = ["check"]
+
+
+def check(program: Program, batches: Batches) -> None:
+    """Check shapes and values of the data against the program, before anything is computed from them.
+
+    Args:
+        program: The program.
+        batches: Its data. Data in memory are checked whole, a stream by its first batch.
+
+    Raises:
+        ValueError: If the event shape or the columns differ from the likelihood's, or values are outside its support.
+
+    Warns:
+        UserWarning: If grey values meet a Bernoulli likelihood.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> check(vae, Batches(torch.zeros(10, 8, 9), vae, batch_size=10))
+        Traceback (most recent call last):
+        ...
+        ValueError: x: expected data of event shape (8, 8), got (8, 9)
+    """
+    with undisturbed(program), pyro.validation_enabled(False):
+        ordered = Batches(batches.source, program, batches.batch_size)
+        likelihood = getattr(program, "likelihood", None)
+        _check_columns(likelihood, ordered.source)
+        first = next(ordered.epoch(0))
+        expected = getattr(likelihood, "event_shape", None)
+        if expected is not None and tuple(first[0].shape[1:]) != tuple(expected):
+            raise ValueError(f"x: expected data of event shape {tuple(expected)}, got {tuple(first[0].shape[1:])}")
+        guide: Any = poutine.trace(program.guide).get_trace(*first)
+        model: Any = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*first)
+        _check_plates(guide)
+        _check_plates(model)
+        sites = [s for s in model.nodes.values() if s["type"] == "sample" and s["is_observed"] and in_data_plate(s)]
+        sites = [site for site in sites if not site["infer"].get("_deterministic")]
+        if not sites:
+            raise ValueError(
+                f'expected an observed site in a plate named "data" at dim=-1, got {list(model.nodes)[1:-1]}'
+            )
+        for site, columns in zip(sites, _columns_of(sites, first[0]), strict=True):
+            wanted, got = tuple(site["fn"].batch_shape + site["fn"].event_shape), tuple(site["value"].shape)
+            if wanted != got:
+                raise ValueError(f"{site['name']}: expected data of shape {wanted}, got {got}")
+            whole = columns is not None and isinstance(ordered.source, InMemory)
+            _check_support(site, _Parts(ordered, len(first[0]), columns) if whole else [site["value"]])
+
+
+def _check_columns(likelihood: Any, source: Any) -> None:
+    if likelihood is None or not isinstance(source, InMemory):
+        return
+    wanted = getattr(likelihood, "columns", None)
+    if wanted is None and source.categories:
+        names = list(source.categories)
+        raise ValueError(
+            f"data: expected columns of numbers, got text or categories in {', '.join(names)} "
+            f"(a Heterogeneous likelihood takes them; --labels {names[0]} makes it the labels)"
+        )
+    if wanted is not None and source.columns is not None and tuple(wanted) != source.columns:
+        raise ValueError(f"data: expected columns {', '.join(wanted)}, got {', '.join(source.columns)}")
+
+
+def _check_plates(trace: Any) -> None:
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and in_data_plate(site) and not site_is_subsample(site):
+            dims = {frame.name: frame.dim for frame in site["cond_indep_stack"] if frame.vectorized}
+            if dims != {"data": -1}:
+                raise ValueError(f'{site["name"]}: expected the plate "data" at dim=-1 alone, got {dims}')
+
+
+def _columns_of(sites: list[Any], x: Tensor) -> Iterator[Any]:
+    """What of the data stands at each site: all of it, for sites "x.<part>" the next columns, or None for else."""
+    start = 0
+    for site in sites:
+        value: Tensor = site["value"]
+        following: tuple[Any, ...] | None = None
+        if value is x:
+            following = (...,)
+        elif site["name"].startswith("x.") and value.ndim == x.ndim:
+            columns = (..., slice(start, start + value.shape[-1]))
+            start += value.shape[-1]
+            if value.shape == x[columns].shape and (value == x[columns]).all():
+                following = columns
+        yield following
+
+
+class _Parts:
+    """What will come to stand at a site, in parts of one size (supports may have bounds of the batch's shape)."""
+
+    def __init__(self, batches: Batches, size: int, columns: Any):
+        self.batches, self.size, self.columns = batches, size, columns
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, self.batches.num_data, self.size):
+            first = min(start, self.batches.num_data - self.size)  # the last part laps over
+            rows = torch.arange(first, first + self.size, device=self.batches.device)
+            yield self.batches.rows(rows)[0][self.columns]
+
+
+def _check_support(site: Any, parts: Iterable[Tensor]) -> None:
+    support = site["fn"].support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    base = site["fn"]
+    # A transformed distribution, such as LogNormal, also has a base, but is another kind.
+    while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
+        base = base.base_dist
+    name, grey = type(base).__name__.removeprefix("Soft"), False
+    for x in parts:
+        if not support.check(x).all():
+            wanted = f"{site['name']}: expected values in the support of the {name} likelihood ({support})"
+            raise ValueError(f"{wanted}, got {_misfit(support, parts)}")
+        grey = grey or (name == "Bernoulli" and not ((x == 0) | (x == 1)).all().item())
+    if grey:
+        warnings.warn(
+            f"{site['name']}: grey values under a Bernoulli are a loss and no likelihood; binarize the data "
+            '(data.load(..., binarize="dynamic")), or use a ContinuousBernoulli likelihood',
+            stacklevel=4,
+        )
+
+
+def _misfit(support: Any, parts: Iterable[Tensor]) -> str:
+    """The values that do not fit, and what would."""
+    low, high = min(x.min().item() for x in parts), max(x.max().item() for x in parts)
+    got = f"values from {low:g} to {high:g}"
+    # Are the ends all that does not fit?
+    if low >= 0 and high <= 1 and all(support.check(x.clamp(1e-6, 1 - 1e-6)).all() for x in parts):
+        return f"{got}, of which 0 and 1 do not fit: dequantize grey levels (data.load(..., dequantize=256))"
+    fit = [name for name, known in _supports() if all(known.check(x).all() for x in parts)]
+    return f"{got}; likelihoods that would fit: {', '.join(fit) or 'none'}"
+
+
+def _supports() -> Iterator[tuple[str, Any]]:
+    """Names of our likelihoods, with their supports where these depend on no argument."""
+    for name in likelihoods.__all__:
+        support = getattr(getattr(likelihoods, name), "support", None)
+        if isinstance(support, constraints.Constraint) and not constraints.is_dependent(support):
+            yield name, support
