@@ -47,11 +47,16 @@ def entries(slot: str) -> list[Entry]:
 
 
 def _entry(name: str, cls: type) -> Entry:
-    parameters = inspect.signature(cls).parameters.values()
-    arguments = ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
+    arguments = ", ".join(map(_argument, inspect.signature(cls).parameters.values()))
     support = getattr(cls, "support", None)
     if isinstance(support, property):  # another component's, as its documentation says
-        support = (support.__doc__ or "").splitlines()[0].rstrip(".").lower()
+        support = "that of " + (support.__doc__ or "").splitlines()[0].rstrip(".").lower()
     elif support is not None:
         support = describe(support)
     return Entry(name, arguments, support or "", (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " "))
+
+
+def _argument(parameter: inspect.Parameter) -> str:
+    if isinstance(parameter.default, type) and parameter.default is not parameter.empty:
+        return f"{parameter.name}={parameter.default.__name__}()"
+    return str(parameter.replace(annotation=parameter.empty))

@@ -222,7 +222,7 @@ def _build(node: ast.expr, slot: str, known: dict[str, Any], trust: bool) -> Any
     else:
         given = {name: _value(value, name, slot, known, trust) for name, value in nodes.items() if name != "net"}
     if _SLOTS[slot].factory:
-        if first := [name for name in _GIVEN_APART if name in given]:
+        if first := [name for name in _GIVEN_APART if name in nodes]:
             raise ValueError(f"{cls.__name__}: {first[0]} is given apart, not in the expression")
         return functools.partial(cls, **given) if given else cls
     given |= {name: known[name] for name in signature.parameters if name in known and name not in nodes}

@@ -61,7 +61,7 @@ class VAE(nn.Module):
             raise ValueError(
                 f"VAE: {type(prior).__name__} has a global latent, and needs the number of data: size=len(train)"
             )
-        self.prior = prior
+        self.prior: Any = prior
         self.likelihood = likelihood
         self.posterior = posterior
         self.size = size

@@ -273,7 +273,7 @@ def _start_at_mean(program: Program, batches: Batches) -> None:
         for x, *exposure in batches.epoch(0):
             total = total + x.sum(0, dtype=torch.float64)
             count = count + (exposure[0].sum(dtype=torch.float64) if exposure else len(x))
-    for component in (program.likelihood, getattr(program, "prior", None)):
+    for component in program.children():
         if hasattr(component, "start_at"):
             component.start_at((total / count).to(batches.dtype))
 

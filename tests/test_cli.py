@@ -339,6 +339,32 @@ def test_bad_input_is_one_line_and_exit_code_2(call, tmp_path, arguments, messag
     assert set(tmp_path.rglob("*")) == before
 
 
+def test_components_lists_all_with_arguments_and_support(call):
+    code, out, _ = call("components")
+    assert code == 0
+    for kind in ("priors", "likelihoods", "posteriors", "networks"):
+        module = getattr(pyro_vae, kind)
+        listed = [name for name in module.__all__ if name[0].isupper()]
+        assert all(f"  {name}(" in out for name in listed)
+    assert "GaussianMixture(latent, components=10)\n      A mixture" in out
+    assert "VonMisesFisher(net, latent)" in out
+    assert "Over the unit sphere." in out
+
+
+def test_other_components_from_the_command_line(call, tmp_path):
+    code, out, err = call(
+        *FIT, "--dequantize", "17", "--prior", "ARD()", "--posterior", "FullNormal()", "--likelihood", "Beta()",
+        "--out", "run",
+    )  # fmt: skip
+    assert (code, err.count("error")) == (0, 0), err
+    assert "bits/dim" in out
+    loaded = pyro_vae.load(tmp_path / "run")
+    assert (type(loaded.prior).__name__, loaded.size) == ("ARD", 1258)
+    code, _, err = call(*FIT, "--prior", "UniformSphere()")
+    assert code == 2
+    assert "with UniformSphere fit the posteriors" in err
+
+
 def test_debug_shows_the_traceback(tmp_path):
     done = run("fit", "--data", "mnits", "--debug", cwd=tmp_path)
     assert done.returncode != 0

@@ -43,7 +43,7 @@ def test_fills_in_what_the_builder_knows():
 @pytest.mark.parametrize(("text", "slot", "message"), [
     ("MPL()", "net", "net: unknown name 'MPL'; there is .*MLP"),
     ("MLP(1, 2, hiden=[3])", "net", "'hiden'; it takes in_features, out_features, hidden, activation"),
-    ("MLP(1, 2, [3], 'relu', 5)", "net", "too many positional"),
+    ("MLP(1, 2, [3], 'relu', False, False, 0.0, 5)", "net", "too many positional"),
     ("MLP(1)", "net", "expected a value for out_features"),
     ("MLP(1, 2, hidden=3)", "net", "MLP: 'int' object is not iterable"),
     ("MLP(1, 2, hidden=[0])", "net", "expected positive sizes"),
@@ -140,3 +140,61 @@ def test_write_factories_and_what_cannot_be_written():
 
     with pytest.raises(ValueError, match="does not keep its argument 'width'"):
         write(Forgetful(3))
+
+
+def test_a_pair_of_networks_is_the_encoders_and_the_decoders():
+    vae = build(
+        (1, 9, 7), latent=3, network="ConvEncoder(channels=[4]), ConvDecoder(channels=[5])", likelihood="Beta()"
+    )
+    assert (vae.posterior.net.in_shape, vae.posterior.net.out_features) == ((1, 9, 7), 6)
+    assert (vae.likelihood.net.in_features, vae.likelihood.net.out_shape) == (3, (2, 9, 7))
+    assert vae.likelihood(torch.zeros(2, 4, 3)).sample().shape == (2, 4, 1, 9, 7)
+    with pytest.raises(ValueError, match="a pair Encoder"):
+        build((2,), network="MLP(), MLP(), MLP()")
+
+
+def test_networks_are_as_large_as_the_component_says():
+    vae = build((5,), latent=6, posterior="FullNormal()", likelihood="DiscretizedLogisticMixture(components=2, bins=4)")
+    assert vae.posterior.net.out_features == 6 + 6 + 15
+    assert vae.likelihood.net.out_features == 3 * 2 * 5
+
+
+def test_what_parts_share_is_written_once_and_shared_again():
+    vae = build((4,), latent=3, prior="VampPrior(components=7)", network="MLP(hidden=[5])")
+    text = write(vae, "program")
+    assert text.count("DiagonalNormal") == 1
+    again = parse(text, "program", trust=False)
+    assert again.prior.posterior is again.posterior
+    assert (again.prior.components, again.prior.event_shape) == (7, (4,))
+    semi = build((4,), latent=3, posterior="SemiAmortized(base=DiagonalNormal(), steps=2)")
+    again = parse(write(semi, "program"), "program")
+    assert again.posterior.prior is again.prior
+    assert again.posterior.likelihood is again.likelihood
+    other = priors.VampPrior(posteriors.DiagonalNormal(networks.MLP(4, 6), 3), (2, (4,)))
+    apart = pyro_vae.VAE(other, vae.likelihood, vae.posterior)
+    assert write(apart, "program").count("DiagonalNormal") == 2
+    with pytest.raises(ValueError, match=r"a tensor of shape \(9, 4\) is no literal"):
+        write(priors.VampPrior(vae.posterior, torch.zeros(9, 4)), "prior")
+
+
+@pytest.mark.parametrize(("text", "slot"), [
+    ("Flow(flow=NSF(transforms=2, hidden_features=[8]))", "prior"),
+    ("Flow(flow=RealNVP, context=5)", "posterior"),
+    ("RelaxedOneHotCategorical(classes=2, temperature=Linear(1.0, start=1.0, end=0.5))", "posterior"),
+    ("Autoregressive(channels=2, blocks=1, pixel=DiscretizedLogistic(bins=4))", "likelihood"),
+    ("Heterogeneous(parts={'a': Gaussian(scale='global'), ('b', 'c'): Poisson, 'd': Categorical(num_classes=3)})",
+     "likelihood"),
+])  # fmt: skip
+def test_factories_and_schedules_within(text, slot):
+    shape = (1, 2, 2) if "Auto" in text else (4,)
+    parts = {"prior": "RelaxedOneHotCategorical(classes=2)"} if "Relaxed" in text else {}
+    vae = build(shape, latent=4, network="MLP(hidden=[3])", **parts | {slot: text})
+    written = write(vae, "program")
+    assert write(parse(written, "program", trust=False), "program") == written
+    if slot == "posterior":
+        vae.posterior(torch.zeros(2, *shape)).rsample()
+
+
+def test_a_factory_takes_no_network_of_its_own():
+    with pytest.raises(ValueError, match="net is given apart"):
+        parse("Autoregressive(MLP(1, 1), (1, 2, 2), pixel=Bernoulli(net=MLP()))", "likelihood")

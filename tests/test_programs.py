@@ -179,3 +179,121 @@ def test_wrong_sizes_name_expected_and_got():
         networks.MLP(784, 40, activation="tanhh")
     with pytest.raises(ValueError, match="latent > 0"):
         priors.StandardNormal(0)
+
+
+def build(**parts):
+    return pyro_vae.build((4,), latent=4, network="MLP(hidden=[8])", **parts).double()
+
+
+@pytest.mark.parametrize(("parts", "message"), [
+    ({"posterior": "VonMisesFisher()"},
+     "StandardNormal over real numbers and VonMisesFisher over the unit sphere; with StandardNormal fit the posteriors "
+     "DiagonalNormal, .*, with VonMisesFisher the priors UniformSphere, VampPrior"),
+    ({"prior": "OneHotCategorical()", "posterior": "RelaxedOneHotCategorical()"},
+     "over one-hot vectors .* over simplices; .* the priors RelaxedOneHotCategorical, VampPrior"),
+    ({"prior": "Bernoulli(3)", "posterior": "Bernoulli()"}, "Bernoulli of 3 and Bernoulli of 4 latent dimensions"),
+    ({"prior": "OneHotCategorical(classes=2)", "posterior": "OneHotCategorical()"}, "got 2 in the prior, 4 in the"),
+    ({"prior": "ARD()"}, r"ARD has a global latent, and needs the number of data: size=len\(train\)"),
+    ({"prior": "VampPrior()", "posterior": "SemiAmortized(base=DiagonalNormal())"}, "VampPrior .* SemiAmortized"),
+    ({"prior": "ARD()", "posterior": "SemiAmortized(base=DiagonalNormal())", "size": 9}, "without global latents"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_when_the_program_is_built(parts, message):
+    with pytest.raises(ValueError, match=message):
+        build(**parts)
+
+
+def test_a_component_that_does_not_say_its_support_is_not_refused():
+    class Own(nn.Module):
+        def forward(self):
+            return pyro.distributions.Normal(torch.zeros(4), 1.0).to_event(1)
+
+    VAE(Own(), build().likelihood, posteriors.VonMisesFisher(networks.MLP(4, 5), 4))
+
+
+def test_a_global_latent_stands_outside_a_plate_of_the_whole_size():
+    vae = build(prior="ARD()", size=100)
+    x = torch.ones(5, 4, dtype=torch.float64)
+    guide = poutine.trace(vae.guide).get_trace(x)
+    model = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(x)
+    for trace in (model, guide):
+        assert trace.nodes["z_scale"]["cond_indep_stack"] == ()
+        assert trace.nodes["z"]["scale"] == 20
+    # The loss is that of 100 data, with the global site once.
+    trace_sum = model.log_prob_sum() - guide.log_prob_sum()
+    per_datum = sum(model.nodes[s]["fn"].log_prob(model.nodes[s]["value"]).sum() for s in ("z", "x"))
+    per_datum -= guide.nodes["z"]["fn"].log_prob(guide.nodes["z"]["value"]).sum()
+    once = model.nodes["z_scale"]["log_prob_sum"] - guide.nodes["z_scale"]["log_prob_sum"]
+    torch.testing.assert_close(trace_sum, 20 * per_datum + once)
+
+
+def test_a_larger_batch_than_the_size_is_no_subsample():
+    trace = poutine.trace(build(prior="ARD()", size=3).model).get_trace(torch.ones(5, 4, dtype=torch.float64))
+    assert trace.nodes["z"]["scale"] == 1
+
+
+def test_an_exposure_multiplies_the_rate():
+    vae = build(likelihood="Poisson(exposure=True)")
+    x, exposure = torch.ones(5, 4, dtype=torch.float64), torch.arange(1.0, 6, dtype=torch.float64)
+    assert vae.num_inputs == 2
+    z = torch.zeros(3, 5, 4, dtype=torch.float64)
+    rate = vae.likelihood(z).mean
+    torch.testing.assert_close(vae.likelihood(z, exposure).mean, rate * exposure[:, None])
+    trace = poutine.trace(vae.model).get_trace(x, exposure)
+    assert trace.nodes["x"]["fn"].event_shape == (4,)
+    with pytest.raises(ValueError, match="exposure: expected values above 0, got 0"):
+        vae.likelihood(z, exposure - 1)
+
+
+def test_a_flow_of_zuko_is_a_prior_and_a_posterior_as_it_is():
+    from pyro_vae.distributions import import_zuko
+
+    flows = import_zuko().flows
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = flows.MAF(2, 4)
+
+        def forward(self, x):
+            return self.flow(x)
+
+    vae = VAE(flows.NSF(2), likelihoods.Bernoulli(networks.MLP(2, 4), (4,)), Encoder())
+    loss = Trace_ELBO(num_particles=3, vectorize_particles=True).differentiable_loss(
+        vae.model, vae.guide, torch.ones(5, 4)
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None for p in vae.parameters())
+    assert poutine.trace(vae.model).get_trace(torch.ones(5, 4)).nodes["z"]["value"].shape == (5, 2)
+
+
+def test_a_vamp_prior_is_the_average_of_the_programs_own_posterior():
+    vae = build(prior="VampPrior(components=3)")
+    assert vae.prior.posterior is vae.posterior
+    z = torch.randn(6, 4, dtype=torch.float64)
+    each = torch.stack([vae.posterior(u).log_prob(z) for u in vae.prior.inputs])
+    torch.testing.assert_close(vae.prior().log_prob(z), each.logsumexp(0) - torch.tensor(3.0).double().log())
+    data = torch.rand(7, 4, dtype=torch.float64)
+    fixed = priors.VampPrior(vae.posterior, data)
+    assert fixed.components == 7
+    assert not any(name == "inputs" for name, _ in fixed.named_parameters())
+    with pytest.raises(ValueError, match="expected pseudo_inputs"):
+        priors.VampPrior(vae.posterior)
+
+
+def test_semi_amortized_steps_climb_the_elbo():
+    """Gradient steps on one datum's variational parameters raise its ELBO, with and without gradients around them."""
+    torch.manual_seed(0)
+    base = build()
+    x = (torch.rand(20, 4) > 0.5).double()
+    elbos = []
+    for steps in (1, 30):
+        posterior = posteriors.SemiAmortized(base.posterior, base.likelihood, base.prior, steps=steps, lr=0.1)
+        vae = VAE(base.prior, base.likelihood, posterior)
+        with torch.no_grad():
+            elbos.append(-Trace_ELBO(num_particles=2000, vectorize_particles=True).loss(vae.model, vae.guide, x) / 20)
+    assert elbos[1] > elbos[0] + 0.1
+    vae.posterior(x).rsample().sum().backward()
+    assert all(p.grad is not None for p in base.posterior.parameters())
+    with pytest.raises(ValueError, match="reparameterized draws"):
+        posteriors.SemiAmortized(posteriors.Bernoulli(networks.MLP(4, 4), 4), base.likelihood, base.prior)(x.float())

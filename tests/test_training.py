@@ -423,6 +423,27 @@ def test_start_at_mean(x):
         fit(TwoLatents(), x, start_at_mean=True, **QUIET)
 
 
+def test_start_at_mean_of_counts_is_the_rate_of_an_exposure():
+    x, exposure = torch.tensor([[2.0, 0.0], [4.0, 9.0]]), torch.tensor([1.0, 2.0])
+    vae = pyro_vae.build((2,), latent=2, likelihood="Poisson(exposure=True)", prior="VampPrior(components=3)")
+    before = vae.prior.inputs.detach().clone()
+    Training(vae, (x, exposure), batch_size=2, start_at_mean=True)
+    torch.testing.assert_close(vae.likelihood.net.output_bias.exp(), torch.tensor([2.0, 3.0]))
+    torch.testing.assert_close(vae.prior.inputs - before, torch.tensor([[2.0, 3.0]]).expand(3, 2))
+
+
+def test_a_temperature_follows_its_schedule():
+    vae = pyro_vae.build(
+        (8, 8),
+        latent=4,
+        prior="RelaxedOneHotCategorical()",
+        posterior="RelaxedOneHotCategorical(temperature=Linear(1.0, start=1.0, end=0.5))",
+    )
+    x = torch.ones(20, 8, 8)
+    seen = [vae.posterior.current_temperature.item() for _ in steps(vae, x, epochs=2, batch_size=5)]
+    assert seen == pytest.approx([1 - 0.5 * step / 8 for step in range(8)])
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"epochs": 0}, "positive epochs"),
     ({"lr": -1.0}, "positive epochs and lr"),

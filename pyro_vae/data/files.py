@@ -117,8 +117,14 @@ def _table(path: Path, labels: str | None) -> tuple[Any, Any]:
         frame = pd.read_csv(path, header=None)
     if labels is not None and labels not in frame:
         raise ValueError(f"data: {path}: expected a column {labels!r}, got {', '.join(map(str, frame.columns))}")
-    y = None if labels is None else pd.factorize(frame.pop(labels), sort=True)[0]
-    return with_categories(frame), y
+    return with_categories(frame), None if labels is None else _labels(frame.pop(labels))
+
+
+def _labels(column: Any) -> np.ndarray:
+    """Labels as numbers: numbers as they are (they may be more than names, an exposure for example), text as codes."""
+    import pandas as pd
+
+    return column.to_numpy() if pd.api.types.is_numeric_dtype(column) else pd.factorize(column, sort=True)[0]
 
 
 def _is_number(text: Any) -> bool:

@@ -48,7 +48,7 @@ class DiscretizedLogistic(TorchDistribution):
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     @property
-    def support(self) -> Any:  # type: ignore[override]
+    def support(self) -> Any:
         """The grid."""
         return Grid(self.bins)
 

@@ -73,6 +73,13 @@ class FlowDistribution(ZukoToPyro):
         with torch.no_grad():
             return self.dist.sample(torch.Size(sample_shape))
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density: what was kept of the draw, except where a gradient is wanted and it has none."""
+        kept = self.cache.get(value)
+        if kept is not None and (kept.requires_grad or not torch.is_grad_enabled()):
+            return kept
+        return self.dist.log_prob(value)
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
         """The same distribution over a larger batch."""
         return FlowDistribution(self.dist.expand(torch.Size(batch_shape)))

@@ -53,7 +53,7 @@ class OneHotCategoricalGroups(_Groups):
     has_enumerate_support = True
 
     @property
-    def support(self) -> Any:  # type: ignore[override]
+    def support(self) -> Any:
         """Groups of one-hot vectors."""
         return OneHotGroups(self.logits.shape[-1])
 

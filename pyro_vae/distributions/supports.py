@@ -115,10 +115,10 @@ def describe(support: Any) -> str:
     words = {
         "Real()": "real numbers",
         "Boolean()": "0 and 1",
-        "Interval(lower_bound=0.0, upper_bound=1.0)": "[0, 1]",
-        "OpenUnitInterval()": "(0, 1)",
+        "Interval(lower_bound=0.0, upper_bound=1.0)": "0 to 1",
+        "OpenUnitInterval()": "0 to 1, ends left out",
         "GreaterThan(lower_bound=0.0)": "positive numbers",
-        "IntegerGreaterThan(lower_bound=0)": "0, 1, 2, ...",
+        "IntegerGreaterThan(lower_bound=0)": "whole numbers from 0 up",
         "OneHotGroups()": "one-hot vectors",
         "Simplices()": "simplices",
         "Sphere": "the unit sphere",

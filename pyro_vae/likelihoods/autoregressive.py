@@ -82,6 +82,16 @@ class Autoregressive(nn.Module):
         """How many outputs the network must have."""
         return self.channels * math.prod(self.event_shape[1:])
 
+    @property
+    def support(self) -> Any:
+        """The pixel likelihood."""
+        return self.pixel_likelihood.support
+
+    @property
+    def bins(self) -> int | None:
+        """Grid values of the pixel likelihood, if it has a grid."""
+        return getattr(self.pixel_likelihood, "bins", None)
+
     def forward(self, z: Tensor) -> AutoregressiveDistribution:
         """The likelihood p(x given z)."""
         (context,) = split_parameters(self.net(z), z.shape[:-1], 1, (self.channels, *self.event_shape[1:]))

@@ -53,8 +53,8 @@ class Gaussian(Factorized):
 
     def __init__(self, net: nn.Module, event_shape: Sequence[int], scale: str | float = "learned"):
         super().__init__(net, event_shape)
-        number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not (scale in ("learned", "global", "optimal") or (number and scale > 0)):
+        fixed = isinstance(scale, int | float) and not isinstance(scale, bool) and scale > 0
+        if not fixed and scale not in ("learned", "global", "optimal"):
             raise ValueError(f'Gaussian: expected scale "learned", "global", "optimal" or a number > 0, got {scale!r}')
         self.scale = scale
         self.num_params = 2 if scale == "learned" else 1

@@ -34,6 +34,7 @@ class Factorized(nn.Module):
 
     num_params: int = 1
     support: ClassVar[Any]
+    distribution: Any  # a method: from parameters, each of shape (*leading, *event_shape), to their distribution
 
     def __init__(self, net: nn.Module, event_shape: Sequence[int]):
         super().__init__()
@@ -53,10 +54,6 @@ class Factorized(nn.Module):
         """The likelihood of the network's outputs, which have the leading shape `leading`."""
         parameters = split_parameters(outputs, leading, self.num_params, self.event_shape)
         return self.distribution(*parameters).to_event(len(self.event_shape))
-
-    def distribution(self, *parameters: Tensor) -> Any:
-        """The distribution of parameters, each of shape `(*leading, *event_shape)`."""
-        raise NotImplementedError
 
     def first_parameter(self, mean: Tensor) -> Tensor:
         """The first parameter of a likelihood with this mean, the others being zero; zero where none is known."""

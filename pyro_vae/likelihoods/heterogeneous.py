@@ -84,7 +84,7 @@ class Heterogeneous(nn.Module):
 
     @property
     def support(self) -> dict[str, Any]:
-        """Support of each part, by the part's name."""
+        """Each part, by the part's name."""
         return {name: likelihood.support for name, likelihood in self._named()}
 
     def forward(self, z: Tensor) -> Joint:

@@ -57,8 +57,8 @@ class FullNormal(Amortized):
     with `M` strictly lower triangular, its entries bounded by 10: rows in units of their own scale.
 
     Args:
-        net: A network from data to means, log-variances and the entries of `M` row by row:
-            `2 * latent + latent * (latent - 1) / 2` outputs.
+        net: A network from data to means, log-variances and the entries of `10 M` row by row (so that it starts nearly
+            diagonal): `2 * latent + latent * (latent - 1) / 2` outputs.
         latent: Number of latent dimensions.
 
     Raises:
@@ -88,7 +88,7 @@ class FullNormal(Amortized):
         return 2 * self.latent + len(self.rows)
 
     def distribution(self, outputs: Tensor) -> Any:
-        """Multivariate normal with these means, log-variances and entries of `M`."""
+        """Multivariate normal with these means, log-variances and entries of `10 M`."""
         loc, log_variance, entries = outputs.split([self.latent, self.latent, len(self.rows)], -1)
         unit = torch.eye(self.latent, dtype=loc.dtype, device=loc.device).repeat(*loc.shape[:-1], 1, 1)
         unit[..., self.rows, self.columns] = entries.clamp(-10.0, 10.0)

@@ -88,7 +88,7 @@ class Flow(Amortized):
         self.context = context
         make = flow or import_zuko().flows.MAF
         options: Any = {} if flow else {"transforms": 2, "hidden_features": (128, 128)}
-        self.transforms = make(latent, context, **options).transform
+        self.transforms: Any = make(latent, context, **options).transform
 
     @property
     def num_outputs(self) -> int:

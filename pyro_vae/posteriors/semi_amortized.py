@@ -55,7 +55,7 @@ class SemiAmortized(nn.Module):
             raise ValueError("SemiAmortized: expected a prior without global latents, and no scale='optimal'")
         if steps < 1 or not lr > 0:
             raise ValueError(f"SemiAmortized: expected steps > 0 and lr > 0, got {steps=}, {lr=}")
-        self.base = base
+        self.base: Any = base
         self.likelihood = likelihood
         self.prior = prior
         self.steps = steps
@@ -63,7 +63,7 @@ class SemiAmortized(nn.Module):
 
     @property
     def support(self) -> Any:
-        """The base's."""
+        """The base."""
         return self.base.support
 
     @property
@@ -88,7 +88,9 @@ class SemiAmortized(nn.Module):
         """The sum over data of the ELBO, estimated by one draw."""
         posterior = self.base.distribution(outputs)
         if not posterior.has_rsample:
-            raise ValueError(f"SemiAmortized: expected a base with reparameterized draws, got {type(self.base).__name__}")
+            raise ValueError(
+                f"SemiAmortized: expected a base with reparameterized draws, got {type(self.base).__name__}"
+            )
         z = posterior.rsample()
         log_prior, log_likelihood = as_pyro(self.prior()).log_prob(z), self.likelihood(z).log_prob(x)
         return (log_prior + log_likelihood - posterior.log_prob(z)).sum()

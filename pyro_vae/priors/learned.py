@@ -70,7 +70,7 @@ class VampPrior(nn.Module):
 
     @property
     def support(self) -> Any:
-        """The posterior's."""
+        """The posterior."""
         return getattr(self.posterior, "support", None)
 
     @property
@@ -86,7 +86,7 @@ class VampPrior(nn.Module):
         """Move learned pseudo-inputs, which start as noise, to the data's mean."""
         if isinstance(self.inputs, nn.Parameter):
             with torch.no_grad():
-                self.inputs += mean.to(self.inputs)
+                self.inputs.add_(mean.to(self.inputs))
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

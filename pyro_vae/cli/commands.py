@@ -1,13 +1,10 @@
-"""The command `pyro-vae`: fit a program to a data set, evaluate it, draw from it."""
+"""The commands of `pyro-vae`."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +13,8 @@ from torch import nn
 
 import pyro_vae
 from pyro_vae import evaluation, expressions, plots, runs
+from pyro_vae.cli import output
+from pyro_vae.cli.configuration import DATA
 from pyro_vae.data import InMemory, Splits
 from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.programs import Program
@@ -27,11 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-_COMPONENTS = ("latent", "network", "prior", "likelihood", "posterior")
-_DATA = ("data", "data_root", "binarize", "dequantize", "labels", "valid", "test", "data_seed")
-_FIT = ("program", "estimator", "anneal", "epochs", "batch_size", "lr", "optimizer", "lr_schedule", "device")
-_CONFIGURED = (*_DATA, *_FIT, "precision", "seed", "start_at_mean", "recorded")
 
 
 def _option(text: str, *names: str) -> Any:
@@ -134,15 +128,15 @@ def fit(
 
     # Written out and read back, so that the file of this run builds the very same weights again.
     program = program or expressions.write(
-        expressions.build(splits.train.event_shape, **chosen, trust=trust), "program"
+        expressions.build(splits.train.event_shape, **chosen, size=len(splits.train), trust=trust), "program"
     )
     seed_everything(seed, verbose=False)
     built = expressions.parse(program, "program", trust=trust)
     bernoulli = isinstance(getattr(built, "likelihood", None), Bernoulli)
     if binarize is None and dequantize is None and bernoulli and splits.train.grey:
-        _say("grey values are binarized dynamically for the Bernoulli likelihood (--binarize none keeps them)")
+        output.say("grey values are binarized dynamically for the Bernoulli likelihood (--binarize none keeps them)")
         splits = pyro_vae.data.load(data, binarize="dynamic", **asked)
-    _say(f"{data}: {_sizes(splits)}")
+    output.say(f"{data}: {_sizes(splits)}")
 
     fitted = _fit(
         built,
@@ -158,17 +152,15 @@ def fit(
         device=device,
         precision=precision,
         seed=seed,
-        start_at_mean=hasattr(getattr(built, "likelihood", None), "start_at")
-        if start_at_mean is None
-        else start_at_mean,
+        start_at_mean=_can_start_at_mean(built) if start_at_mean is None else start_at_mean,
         out=run,
         resume=resume,
         overwrite=overwrite,
     )
-    _record_columns(run, splits.train)
-    _evaluate(run, built, splits.test, num_particles)
-    _figures(run, built, splits.test, fitted.history)
-    _say(f"run directory: {run}")
+    output.record_columns(run, splits.train)
+    output.evaluate(run, built, splits.test, num_particles)
+    output.write_figures(run, built, splits.test, fitted.history)
+    output.say(f"run directory: {run}")
 
 
 def _fit(program: Program, train: InMemory, *, out: Path, **options: Any) -> pyro_vae.training.Fitted:
@@ -177,15 +169,6 @@ def _fit(program: Program, train: InMemory, *, out: Path, **options: Any) -> pyr
     except KeyboardInterrupt:
         print(f"\npyro-vae: interrupted; go on with: pyro-vae fit --resume --out {out}", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def _record_columns(run: Path, data: InMemory) -> None:
-    """Add to a run's configuration what its columns were, so that `sample` can write tables."""
-    if data.columns is not None:
-        config = runs.read_config(run)
-        categories = {name: list(values) for name, values in data.categories.items()}
-        config["recorded"] |= {"columns": list(data.columns), "categories": categories}
-        runs.write_config(run, config)
 
 
 @app.command()
@@ -203,7 +186,7 @@ def evaluate(
     if num_particles < 1:
         raise ValueError(f"--num-particles: expected a positive number, got {num_particles}")
     program, test = _load(run, data, data_root, device, trust)
-    _evaluate(run, program, test, num_particles, seed, write=data is None)
+    output.evaluate(run, program, test, num_particles, seed, write=data is None)
 
 
 @app.command()
@@ -236,65 +219,19 @@ def sample(
             pyro_vae.data.decode(draws, recorded["columns"], recorded["categories"]).to_csv(temporary, index=False)
         else:
             plots.image_grid(means, columns=math.ceil(math.sqrt(n))).savefig(temporary)
-    _say(f"{n} samples: {out}")
+    output.say(f"{n} samples: {out}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; errors that the user can mend are one line on stderr and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    sys.path.append(str(Path.cwd()))  # where the user's own components are
-    arguments = arguments or ["--help"]
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        try:
-            sys.exit(app(_expanded(arguments), prog_name="pyro-vae", standalone_mode=False))
-        except Exception as error:
-            if "--debug" in arguments:
-                raise
-            usage = getattr(error, "format_message", None)  # what typer raises for wrong usage
-            lines = (usage() if usage else str(error)).splitlines() or [""]
-            expected = usage or isinstance(error, ValueError | OSError | FloatingPointError)
-            kind = "" if expected else f"{type(error).__name__} (--debug shows where): "
-            print(f"pyro-vae: error: {kind}{' '.join(lines[0].split())}", file=sys.stderr)
-            sys.exit(2)
-
-
-def _expanded(arguments: list[str]) -> list[str]:
-    """The arguments of `fit` with those of a configuration file put in front, where later ones win over them."""
-    if arguments[:1] != ["fit"]:
-        return arguments
-    file = _value_of("--config", arguments)
-    if file is None and "--resume" in arguments:
-        file = _value_of("--out", arguments)
-    if file is None:
-        return arguments
-    config = runs.read_config(file)
-    if unknown := sorted(set(map(str, config)) - set(_CONFIGURED)):
-        raise ValueError(f"{file}: unknown keys {', '.join(unknown)}; expected {', '.join(_CONFIGURED)}")
-    if config.get("data") is None and _value_of("--data", arguments) is None:
-        raise ValueError(f"{file} does not name the run's data; name them with --data")
-    config.pop("recorded", None)
-    given = [_flag(name.replace("_", "-"), value) for name, value in config.items() if value is not None]
-    return ["fit", *given, *arguments[1:]]
-
-
-def _flag(name: str, value: Any) -> str:
-    return f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
-
-
-def _value_of(option: str, arguments: list[str]) -> str | None:
-    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
-        if argument == option:
-            return following
-        if argument.startswith(f"{option}="):
-            return argument.partition("=")[2]
-    return None
+@app.command()
+def components(debug: Debug = False) -> None:
+    """List the priors, likelihoods, posteriors and networks, with their arguments."""
+    output.list_components()
 
 
 def _load(run: Path, data: str | None, root: str | None, device: str, trust: bool) -> tuple[nn.Module, InMemory]:
     program = pyro_vae.load(run, trust=trust)
     config = runs.read_config(run)
-    asked: Any = {name.removeprefix("data_"): config.get(name) for name in _DATA}
+    asked: Any = {name.removeprefix("data_"): config.get(name) for name in DATA}
     asked["seed"] = asked["seed"] or 0
     asked |= {"data": data} if data else {}
     asked |= {"root": root} if root else {}
@@ -310,70 +247,9 @@ def _on(device: str, program: Program) -> nn.Module:
     return program.to(Fabric(accelerator=accelerator, devices=[int(index)] if index else 1).device)
 
 
-def _evaluate(
-    run: Path, program: Program, test: InMemory, num_particles: int, seed: int = 0, write: bool = True
-) -> None:
-    with _progress(f"evaluation, {num_particles} particles") as advance:
-        summary = evaluation.summarize(program, test, num_particles, seed=seed, advance=advance)
-    nll = -summary.log_likelihood
-    metrics = {
-        "test_nll": nll.mean().item(),
-        "test_nll_se": (nll.std() / math.sqrt(len(nll))).item(),
-        "test_elbo": summary.elbo.mean().item(),
-        "rate": summary.rate.mean().item(),
-        "distortion": summary.distortion.mean().item(),
-        "active_units": evaluation.active_units(program, test),
-        "num_particles": num_particles,
-    }
-    bins = getattr(getattr(program, "likelihood", None), "bins", None)
-    if bins is not None or test.dequantize is not None:
-        bits = evaluation.bits_per_dimension(-nll, test.event_shape, test.dequantize)
-        metrics["test_bits_per_dimension"] = bits.mean().item()
-    if write:
-        runs.write_json(run / runs.METRICS, metrics)
-    _table(metrics, len(test))
-
-
-def _table(metrics: dict[str, Any], num_data: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{num_data:,} test data, nats per datum")
-    cells = {"NLL": f"{metrics['test_nll']:.2f} ± {metrics['test_nll_se']:.2f}"}
-    if "test_bits_per_dimension" in metrics:
-        cells["bits/dim"] = f"{metrics['test_bits_per_dimension']:.3f}"
-    for column, name in (("ELBO", "test_elbo"), ("rate", "rate"), ("distortion", "distortion")):
-        cells[column] = f"{metrics[name]:.2f}"
-    cells["active units"] = str(metrics["active_units"])
-    for column in cells:
-        table.add_column(column, justify="right")
-    table.add_row(*cells.values())
-    Console().print(table)
-
-
-def _figures(run: Path, program: Program, test: InMemory, history: Any) -> None:
-    few, many = (test.select(slice(n)) for n in (64, 5000))
-    reconstructed = evaluation.reconstruct(program, few)
-    figures = {
-        "training": plots.training_curve(history),
-        "reconstructions": plots.reconstructions(pyro_vae.data.to_float(few.x), reconstructed),
-        "latent_space": plots.latent_space(evaluation.posterior_means(program, many), many.y),
-    }
-    if evaluation.takes_x_alone(program):
-        figures["samples"] = plots.image_grid(evaluation.sample(program, 64, test.event_shape, seed=0)[0])
-    for name, figure in figures.items():
-        with runs.replacing(run / runs.FIGURES / f"{name}.png") as temporary:
-            figure.savefig(temporary)
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[float], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=1.0)
-        yield lambda share: bar.advance(task, share)
+def _can_start_at_mean(program: Program) -> bool:
+    likelihood = getattr(program, "likelihood", None)
+    return hasattr(likelihood, "start_at") and hasattr(getattr(likelihood, "net", None), "output_bias")
 
 
 def _free(path: Path) -> Path:
@@ -384,12 +260,3 @@ def _free(path: Path) -> Path:
 def _sizes(splits: Splits) -> str:
     parts = {"train": splits.train, "valid": splits.valid, "test": splits.test}
     return ", ".join(f"{len(part):,} {name}" for name, part in parts.items() if part is not None)
-
-
-def _say(text: str) -> None:
-    print(f"pyro-vae: {text}", flush=True)
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    if issubclass(category, UserWarning):
-        print(f"pyro-vae: warning: {message}", file=sys.stderr)

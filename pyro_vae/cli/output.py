@@ -1,0 +1,109 @@
+"""What the command writes and shows: metrics, tables, figures, progress."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyro_vae
+from pyro_vae import evaluation, plots, runs
+from pyro_vae.catalogue import KINDS, entries
+from pyro_vae.data import InMemory
+from pyro_vae.programs import Program
+
+__all__ = ["evaluate", "list_components", "record_columns", "say", "write_figures"]
+
+
+def evaluate(
+    run: Path, program: Program, test: InMemory, num_particles: int, seed: int = 0, write: bool = True
+) -> None:
+    """Evaluate a program on test data; write the metrics, and show them."""
+    with _progress(f"evaluation, {num_particles} particles") as advance:
+        summary = evaluation.summarize(program, test, num_particles, seed=seed, advance=advance)
+    nll = -summary.log_likelihood
+    metrics = {
+        "test_nll": nll.mean().item(),
+        "test_nll_se": (nll.std() / math.sqrt(len(nll))).item(),
+        "test_elbo": summary.elbo.mean().item(),
+        "rate": summary.rate.mean().item(),
+        "distortion": summary.distortion.mean().item(),
+        "active_units": evaluation.active_units(program, test),
+        "num_particles": num_particles,
+    }
+    bins = getattr(getattr(program, "likelihood", None), "bins", None)
+    if bins is not None or test.dequantize is not None:
+        bits = evaluation.bits_per_dimension(-nll, test.event_shape, test.dequantize)
+        metrics["test_bits_per_dimension"] = bits.mean().item()
+    if write:
+        runs.write_json(run / runs.METRICS, metrics)
+    _table(metrics, len(test))
+
+
+def _table(metrics: dict[str, Any], num_data: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{num_data:,} test data, nats per datum")
+    cells = {"NLL": f"{metrics['test_nll']:.2f} ± {metrics['test_nll_se']:.2f}"}
+    if "test_bits_per_dimension" in metrics:
+        cells["bits/dim"] = f"{metrics['test_bits_per_dimension']:.3f}"
+    for column, name in (("ELBO", "test_elbo"), ("rate", "rate"), ("distortion", "distortion")):
+        cells[column] = f"{metrics[name]:.2f}"
+    cells["active units"] = str(metrics["active_units"])
+    for column in cells:
+        table.add_column(column, justify="right")
+    table.add_row(*cells.values())
+    Console().print(table)
+
+
+def write_figures(run: Path, program: Program, test: InMemory, history: Any) -> None:
+    """Write the figures of a run."""
+    few, many = (test.select(slice(n)) for n in (64, 5000))
+    reconstructed = evaluation.reconstruct(program, few)
+    figures = {
+        "training": plots.training_curve(history),
+        "reconstructions": plots.reconstructions(pyro_vae.data.to_float(few.x), reconstructed),
+        "latent_space": plots.latent_space(evaluation.posterior_means(program, many), many.y),
+    }
+    if evaluation.takes_x_alone(program):
+        figures["samples"] = plots.image_grid(evaluation.sample(program, 64, test.event_shape, seed=0)[0])
+    for name, figure in figures.items():
+        with runs.replacing(run / runs.FIGURES / f"{name}.png") as temporary:
+            figure.savefig(temporary)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[float], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda share: bar.advance(task, share)
+
+
+def record_columns(run: Path, data: InMemory) -> None:
+    """Add to a run's configuration what its columns were, so that `sample` can write tables."""
+    if data.columns is not None:
+        config = runs.read_config(run)
+        categories = {name: list(values) for name, values in data.categories.items()}
+        config["recorded"] |= {"columns": list(data.columns), "categories": categories}
+        runs.write_config(run, config)
+
+
+def list_components() -> None:
+    """Print every component with its arguments, support and a line of description."""
+    for slot, kind in KINDS.items():
+        print(f"{kind}:")
+        for entry in entries(slot):
+            print(f"  {entry.name}({entry.arguments})")
+            print(f"      {entry.summary}{f' Over {entry.support}.' if entry.support else ''}")
+        print()
+
+
+def say(text: str) -> None:
+    """Say a line to the user."""
+    print(f"pyro-vae: {text}", flush=True)
