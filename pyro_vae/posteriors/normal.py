@@ -91,7 +91,7 @@ class FullNormal(Amortized):
         """Multivariate normal with these means, log-variances and entries of `10 M`."""
         loc, log_variance, entries = outputs.split([self.latent, self.latent, len(self.rows)], -1)
         unit = torch.eye(self.latent, dtype=loc.dtype, device=loc.device).repeat(*loc.shape[:-1], 1, 1)
-        unit[..., self.rows, self.columns] = entries.clamp(-10.0, 10.0)
+        unit[..., self.rows, self.columns] = (0.1 * entries).clamp(-10.0, 10.0)
         return dist.MultivariateNormal(loc, scale_tril=scale(log_variance).unsqueeze(-1) * unit)
 
 

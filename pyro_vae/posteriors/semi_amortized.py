@@ -17,11 +17,11 @@ class SemiAmortized(nn.Module):
     r"""An amortized posterior refined by a few gradient steps on each datum's own ELBO.
 
     .. math:: \lambda_0 = f(x), \quad
-              \lambda_{t+1} = \lambda_t + r\, \nabla_\lambda E_{q_\lambda}[\log p(x, z) - \log q_\lambda(z)], \quad
-              q(z \mid x) = q_{\lambda_T}(z)
+              \lambda_{t+1} = \lambda_t + r\, g_t \min(1, c / \lVert g_t \rVert), \quad
+              g = \nabla_\lambda E_{q_\lambda}[\log p(x, z) - \log q_\lambda(z)], \quad q(z \mid x) = q_{\lambda_T}(z)
 
-    Each step takes one reparameterized draw. In training the steps are differentiated as well, so that the encoder
-    learns to propose what the steps do best from.
+    Each step takes one reparameterized draw, and none is longer than `lr * max_norm`. In training the steps are
+    differentiated as well, so that the encoder learns to propose what the steps do best from.
 
     Args:
         base: A posterior of `pyro_vae` with reparameterized draws, which gives the family and the proposal.
@@ -29,11 +29,11 @@ class SemiAmortized(nn.Module):
         prior: The program's own prior (in an expression it is filled in).
         steps: Number of gradient steps `T`.
         lr: Step size `r`.
+        max_norm: Norm `c` to which a datum's gradient is clipped.
 
     Raises:
         ValueError: If `base` is no posterior of a network's outputs, the prior has a global latent or the likelihood
-            an "optimal" scale, or `steps` or `lr` are not positive; from `forward`, if draws of `base` are not
-            reparameterized.
+            an "optimal" scale, or a number is not positive; from `forward`, if draws of `base` are not reparameterized.
 
     Reference:
         Kim et al., 2018. Semi-amortized variational autoencoders.
@@ -46,20 +46,29 @@ class SemiAmortized(nn.Module):
         torch.Size([3])
     """
 
-    def __init__(self, base: nn.Module, likelihood: nn.Module, prior: nn.Module, steps: int = 5, lr: float = 0.1):
+    def __init__(
+        self,
+        base: nn.Module,
+        likelihood: nn.Module,
+        prior: nn.Module,
+        steps: int = 5,
+        lr: float = 0.1,
+        max_norm: float = 5.0,
+    ):
         super().__init__()
         if not (hasattr(base, "outputs") and hasattr(base, "distribution")):
             raise ValueError(f"SemiAmortized: expected a base such as DiagonalNormal, got {type(base).__name__}")
         if hasattr(prior, "guide") or getattr(likelihood, "scale", None) == "optimal":
             # Each step would draw the one anew, and count in the running average of the other.
             raise ValueError("SemiAmortized: expected a prior without global latents, and no scale='optimal'")
-        if steps < 1 or not lr > 0:
-            raise ValueError(f"SemiAmortized: expected steps > 0 and lr > 0, got {steps=}, {lr=}")
+        if steps < 1 or not lr > 0 or not max_norm > 0:
+            raise ValueError(f"SemiAmortized: expected positive steps, lr, max_norm; got {steps=}, {lr=}, {max_norm=}")
         self.base: Any = base
         self.likelihood = likelihood
         self.prior = prior
         self.steps = steps
         self.lr = lr
+        self.max_norm = max_norm
 
     @property
     def support(self) -> Any:
@@ -81,7 +90,9 @@ class SemiAmortized(nn.Module):
                 outputs = outputs.detach().requires_grad_()
             for _ in range(self.steps):
                 (gradient,) = torch.autograd.grad(self._elbo(outputs, x), outputs, create_graph=training)
-                outputs = outputs + self.lr * gradient
+                # Where the ELBO is steep a plain step would overshoot, and the next one more so.
+                norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
+                outputs = outputs + self.lr * gradient * (self.max_norm / norm.clamp(min=self.max_norm))
         return self.base.distribution(outputs if training else outputs.detach())
 
     def _elbo(self, outputs: Tensor, x: Tensor) -> Tensor:
