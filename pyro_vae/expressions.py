@@ -233,7 +233,9 @@ def _build(node: ast.expr, slot: str, known: dict[str, Any], trust: bool) -> Any
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     required = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind not in optional]
     if missing := [name for name in required if name not in given]:
-        raise ValueError(f"{cls.__name__}: expected a value for {', '.join(missing)}; it takes {signature}")
+        hint = " (a component says its network's size as num_params)" if "out_features" in missing else ""
+        takes = ", ".join(signature.parameters)
+        raise ValueError(f"{cls.__name__}: expected a value for {', '.join(missing)}{hint}; it takes {takes}")
     return _construct(cls, given)
 
 
@@ -328,18 +330,21 @@ def _resolve(name: str, slot: str, trust: bool) -> type:
             candidates = candidates[1:]
     else:
         candidates = modules
+    missing: list[str] = []
     for module in candidates:
         try:
             found = getattr(_import(module), last, None)
         except ModuleNotFoundError as error:
             if error.name and not module.startswith(error.name):  # the module is there, one that it imports is not
                 raise
+            missing.append(module)
             continue
         if isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found):
             return found
     if path and not trust and len(candidates) == 1:
         raise ValueError(f"{name}: a class outside pyro_vae is imported only with trust=True (--trust)")
-    raise ValueError(f"{slot}: unknown name {name!r}; there is {', '.join(names(slot))}")
+    why = f" (found no module {missing[0]})" if missing == list(candidates) else ""
+    raise ValueError(f"{slot}: unknown name {name!r}{why}; there is {', '.join(names(slot))}")
 
 
 def names(slot: str) -> list[str]:

@@ -16,6 +16,7 @@ from torch.distributions import TransformedDistribution, constraints
 from pyro_vae import likelihoods
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sets import InMemory
+from pyro_vae.distributions import describe
 from pyro_vae.handlers import in_data_plate
 from pyro_vae.programs import Program, undisturbed
 
@@ -131,7 +132,7 @@ def _check_support(site: Any, parts: Iterable[Tensor]) -> None:
     name, grey = type(base).__name__.removeprefix("Soft"), False
     for x in parts:
         if not support.check(x).all():
-            wanted = f"{site['name']}: expected values in the support of the {name} likelihood ({support})"
+            wanted = f"{site['name']}: expected values in the support of the {name} likelihood ({describe(support)})"
             raise ValueError(f"{wanted}, got {_misfit(support, parts)}")
         grey = grey or (name == "Bernoulli" and not ((x == 0) | (x == 1)).all().item())
     if grey:

@@ -117,7 +117,8 @@ def _table(path: Path, labels: str | None) -> tuple[Any, Any]:
         frame = pd.read_csv(path, header=None)
     if labels is not None and labels not in frame:
         raise ValueError(f"data: {path}: expected a column {labels!r}, got {', '.join(map(str, frame.columns))}")
-    return with_categories(frame), None if labels is None else _labels(frame.pop(labels))
+    y = None if labels is None else _labels(frame.pop(labels))
+    return with_categories(frame), y
 
 
 def _labels(column: Any) -> np.ndarray:

@@ -88,8 +88,15 @@ class FlowDistribution(ZukoToPyro):
 def as_pyro(distribution: Any) -> Any:
     """A distribution as Pyro wants it: its own pass, those of zuko and torch are wrapped.
 
+    Raises:
+        ValueError: If it is no distribution.
+
     Example:
         >>> type(as_pyro(torch.distributions.Normal(torch.zeros(3), 1.0))).__name__
         'FlowDistribution'
     """
-    return distribution if isinstance(distribution, Distribution) else FlowDistribution(distribution)
+    if isinstance(distribution, Distribution):
+        return distribution
+    if not isinstance(distribution, TorchDistribution):
+        raise ValueError(f"expected a component that returns a distribution, got {type(distribution).__name__}")
+    return FlowDistribution(distribution)

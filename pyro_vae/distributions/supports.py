@@ -123,4 +123,6 @@ def describe(support: Any) -> str:
         "Simplices()": "simplices",
         "Sphere": "the unit sphere",
     }
-    return words.get(repr(support), repr(support))
+    text = repr(support)
+    # Bounds may be whole tensors, one for each value.
+    return words.get(text, text if len(text) < 60 else type(support).__name__.strip("_"))

@@ -18,7 +18,7 @@ __all__ = ["Autoregressive"]
 
 
 class Autoregressive(nn.Module):
-    r"""Images whose values depend on the latent and on the values before them, through a `networks.PixelCNN`.
+    r"""Images whose values depend on the latent and on the values before them, through masked convolutions.
 
     .. math:: p(x \mid z) = \prod_i p(x_i \mid \theta_i), \quad \theta_i = f_i(x_{<i}, c), \quad c = g(z)
 
