@@ -11,7 +11,16 @@ FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = {
     "first_vae.py": ["--epochs", "2"],
     "benchmarks/step.py": ["--batch-size", "16", "--hidden", "8", "--latent", "2", "--steps", "2", "--rounds", "2"],
-}
+    "reproductions/frey_faces.py": [
+        "--data", "{root}/frey_faces/frey_faces.npz", "--seeds", "1", "--epochs", "1", "--latent", "2", "--hidden", "8",
+        "--num-particles", "2", "--only", "Beta", "mixture of 5",
+    ],
+    "reproductions/mnist.py": [
+        "--data-root", "{root}", "--seeds", "1", "--epochs", "1", "--batch-size", "3000", "--latent", "2",
+        "--hidden", "8", "--num-particles", "2", "--test", "20", "--only", "flow prior",
+    ],
+    "reproductions/pairs.py": ["--steps", "60", "--first", "1"],
+}  # fmt: skip
 
 
 def test_every_example_is_listed():
@@ -19,10 +28,18 @@ def test_every_example_is_listed():
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example(name, tmp_path):
-    command = [sys.executable, "-W", "error::UserWarning:__main__", FOLDER / name, *EXAMPLES[name]]
+def test_example(name, tmp_path, request):
+    arguments = EXAMPLES[name]
+    if any("{root}" in argument for argument in arguments):
+        root = request.getfixturevalue("mnist_root")
+        arguments = [argument.replace("{root}", str(root)) for argument in arguments]
+        if "frey" in name and not Path(arguments[1]).is_file():
+            pytest.skip(f"needs the Frey faces in {arguments[1]}")
+    command = [sys.executable, "-W", "error::UserWarning:__main__", FOLDER / name, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     if name == "first_vae.py":
         assert len(list((tmp_path / "first_vae").glob("*.png"))) == 4
+    if "reproductions" in name:
+        assert any(tmp_path.rglob("*.json")) or (tmp_path / "pairs.csv").read_text().count("trained") == 1

@@ -146,15 +146,14 @@ class Mixture(Amortized):
     Args:
         net: A network from data to means and log-variances of all components and their logits:
             `components * (2 * latent + 1)` outputs.
-        latent: Number of latent dimensions, at least 2.
+        latent: Number of latent dimensions.
         components: Number of components.
 
     Raises:
-        ValueError: If `latent` is less than 2 (of which Pyro's pathwise gradient knows nothing), or `components` is not
-            positive; from `forward`, if the network's output is of another size.
+        ValueError: If a size is not positive; from `forward`, if the network's output is of another size.
 
     Reference:
-        Jankowiak and Karaletsos, 2019. Pathwise derivatives for multivariate distributions.
+        Figurnov, Mohamed and Mnih, 2018. Implicit reparameterization gradients.
 
     Example:
         >>> from pyro_vae import networks
@@ -164,8 +163,8 @@ class Mixture(Amortized):
 
     def __init__(self, net: nn.Module, latent: int, components: int = 3):
         super().__init__(net, latent)
-        if latent < 2 or components < 1:
-            raise ValueError(f"Mixture: expected latent > 1 and components > 0, got {latent=}, {components=}")
+        if components < 1:
+            raise ValueError(f"Mixture: expected components > 0, got {components}")
         self.components = components
 
     @property
@@ -177,6 +176,4 @@ class Mixture(Amortized):
         """The mixture of these means, log-variances and logits."""
         shape = (self.components, self.latent)
         loc, log_variance, logits = self._split(outputs, shape, shape, (self.components,))
-        # Components in one place have no direction from one to the other: they are moved apart by a hair.
-        hair = 1e-6 * torch.arange(self.components, dtype=loc.dtype, device=loc.device).unsqueeze(-1)
-        return PathwiseMixture(loc + hair * (1 + loc.abs()), scale(log_variance), logits)
+        return PathwiseMixture(loc, scale(log_variance), logits)
