@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.data import Batches, as_source, check, to_float
 from pyro_vae.estimators import log_probabilities
 from pyro_vae.handlers import in_data_plate
-from pyro_vae.programs import Program, undisturbed
+from pyro_vae.programs import Program, placement, undisturbed
 
 __all__ = [
     "Summary",
@@ -311,12 +312,21 @@ def sample(
         )
     if num_samples < 1:
         raise ValueError(f"number of samples: expected a positive number, got {num_samples}")
-    batches = Batches(torch.zeros(num_samples, *event_shape), program, num_samples)
+    device, dtype = placement(program)
+    x = torch.zeros(num_samples, *event_shape, device=device, dtype=dtype)
     with undisturbed(program, seed):
-        trace: Any = poutine.trace(poutine.uncondition(program.model)).get_trace(*next(batches.epoch(0)))
+        model = poutine.condition(poutine.uncondition(program.model), data=_global_latents(program, x[:1]))
+        trace: Any = poutine.trace(model).get_trace(x)
         sites = _observed(trace)
         means, draws = [_mean(site["fn"]) for site in sites], [site["value"] for site in sites]
         return _joined(means), _joined(draws)
+
+
+def _global_latents(program: Program, x: Tensor) -> dict[str, Tensor]:
+    """One draw from the guide of the latents that belong to no datum, what training has learned of them."""
+    sites = poutine.trace(program.guide).get_trace(x).nodes.values()
+    latents = [site for site in sites if site["type"] == "sample" and not site["is_observed"]]
+    return {site["name"]: site["value"] for site in latents if not in_data_plate(site) and not site_is_subsample(site)}
 
 
 def reconstruct(program: Program, data: Any, *, seed: int = 0) -> Tensor:

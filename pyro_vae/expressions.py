@@ -251,6 +251,10 @@ def _call(node: ast.expr, slot: str, trust: bool) -> tuple[type, dict[str, ast.e
     call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
     cls = _resolve(ast.unparse(call.func), slot, trust)
     signature = inspect.signature(cls)
+    if call.args and next(iter(signature.parameters)) == "net" and not isinstance(call.args[0], ast.Call | ast.Name):
+        # Categorical(4): the network and the shape are filled in, and the first literal comes after them.
+        filled = ("net", "event_shape", "latent")
+        signature = signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in filled])
     _check_names(cls.__name__, call, signature)
     positions = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     return cls, dict(zip(positions, call.args, strict=False)) | {str(k.arg): k.value for k in call.keywords}

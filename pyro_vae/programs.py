@@ -18,6 +18,8 @@ from pyro_vae.distributions import as_pyro, describe, same_support
 __all__ = ["VAE", "Program", "data_plate", "declare_parameters", "num_inputs", "observe", "placement", "undisturbed"]
 
 
+MANY = 2**31  # tensors of a batch, of a program that takes any number
+
 Program: TypeAlias = Any
 """Any `nn.Module` with Pyro programs `model(*batch)` and `guide(*batch)`; Python's types have no word for it."""
 
@@ -191,7 +193,7 @@ def num_inputs(program: Program) -> int:
         return program.num_inputs
     parameters = inspect.signature(program.model).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return 2**31
+        return MANY
     return sum(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
 
 from pyro_vae import evaluation, expressions, handlers, runs
@@ -122,6 +122,10 @@ class Training:
         if type(estimator).__name__.startswith("Jit"):
             name = type(estimator).__name__
             raise ValueError(f"{name} would trace beta once and for all; expected {name.removeprefix('Jit')}")
+        if isinstance(estimator, TraceEnum_ELBO) and any(
+            getattr(m, "scale", None) == "optimal" for m in program.modules()
+        ):
+            raise ValueError("scale='optimal' knows no weights of enumerated latents; expected scale='global'")
         if anneal is not None and not callable(anneal):
             raise ValueError(f"anneal: expected a function of progress such as schedules.Linear(0.1), got {anneal!r}")
         anneal = anneal or (lambda progress: 1.0)
@@ -383,7 +387,7 @@ def fit(
         progress: Whether to show a progress bar.
 
     Returns:
-        A `Fitted`, with the history.
+        A `Fitted`, with the history. The program is in eval mode.
 
     Raises:
         ValueError: If an argument or the data do not suit, or `out` exists.
@@ -466,6 +470,7 @@ def fit(
                     _save(folder, training, history)
                 raise KeyboardInterrupt
     training.check_finite()
+    program.eval()
     if folder is not None:
         runs.write_checkpoint(folder / runs.MODEL, runs.weights(program))
     return Fitted(program, history.frame(), folder)

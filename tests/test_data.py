@@ -136,7 +136,13 @@ def people():
     return pd.DataFrame({
         "age": range(20), "name": ["bo", "al", "cy", "al"] * 5, "size": size, "tall": [True, False] * 10,
         "mixed": pd.Series([1, 2] * 10, dtype=object),
-    })  # fmt: skip
+    }).astype({"name": "category"})  # fmt: skip
+
+
+def test_text_is_coded_with_a_warning_since_another_table_may_differ(people):
+    with pytest.warns(UserWarning, match="text in name is coded .*astype"):
+        data = InMemory(people.astype({"name": "str"}))
+    assert torch.equal(data.x, InMemory(people).x)
 
 
 def test_tables_are_encoded(people):
@@ -188,7 +194,6 @@ def test_files_keep_columns_and_one_code_for_all_splits(tmp_path, suffix):
 @pytest.mark.parametrize(("column", "message"), [
     ([1.0, np.nan], "1 NaN or infinite of 2 in column 'new'"),
     ([1.0, np.inf], "in column 'new'"),
-    (["a", None], "in column 'new'"),
     (pd.array([1, None], dtype="Int64"), "in column 'new'"),
     (pd.Categorical(["a", None]), "in column 'new'"),
     (pd.to_datetime(["2020-01-01", "2020-01-02"]), "text or categories in column 'new', got datetime"),
@@ -545,7 +550,7 @@ def of_likelihood(likelihood, **attributes):
 
 def test_check_of_columns():
     numbers = pd.DataFrame({"a": [-1.0, 1.0], "b": [1, 2], "c": [1, 2]})
-    texts = numbers.assign(c=["u", "v"]).assign(b=["w", "w"])
+    texts = numbers.assign(c=["u", "v"]).assign(b=["w", "w"]).astype({"b": "category", "c": "category"})
     check(of_likelihood(nn.Identity), Batches(numbers, Parts(), 2))
     with pytest.raises(ValueError, match=r"categories in b, c \(a Heterogeneous likelihood .* --labels b"):
         check(of_likelihood(nn.Identity), Batches(texts, Parts(), 2))
@@ -618,3 +623,15 @@ def test_likelihoods_that_would_fit_fit_all_data(monkeypatch):
     monkeypatch.setattr(likelihoods, "__all__", ["Counts"])
     with pytest.raises(ValueError, match="would fit: none$"):
         check(program, Batches(x, program, 10))
+
+
+def test_bytes_of_zero_and_one_are_zero_and_one():
+    x = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8)
+    assert InMemory(x)[:].tolist() == [[0, 1], [1, 1]]
+    assert InMemory(2 * x)[:].tolist() == [[0, pytest.approx(2 / 255)], [pytest.approx(2 / 255)] * 2]
+
+
+def test_a_batch_lacks_the_exposure_that_the_program_takes():
+    vae = pyro_vae.build((2,), latent=2, likelihood="Poisson(exposure=True)")
+    with pytest.raises(ValueError, match=r"expected 2 tensors in a batch, such as \(x, exposure\), got 1"):
+        check(vae, Batches(torch.ones(3, 2), vae, 3))

@@ -85,8 +85,8 @@ def _normal(fn):
 
 def test_other_mixtures_are_torchs_and_outsiders_are_refused():
     logits = torch.zeros(4)
-    assert type(mixture(logits, dist.Laplace(torch.zeros(4, 3), 1.0).to_event(1))) is dist.MixtureSameFamily
-    assert type(mixture(logits, dist.Normal(torch.zeros(4), 1.0))) is dist.MixtureSameFamily
+    assert type(mixture(logits, dist.Laplace(torch.zeros(4, 3), 1.0).to_event(1))).__name__ == "_Mixture"
+    assert type(mixture(logits, dist.Normal(torch.zeros(4), 1.0))).__name__ == "_Mixture"
     fn = DiagonalNormalMixture(
         dist.Categorical(logits=logits), dist.Normal(torch.zeros(4, 3), 1.0).to_event(1), validate_args=True
     )

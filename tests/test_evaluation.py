@@ -269,3 +269,14 @@ def test_bits_of_dequantized_data_bound_those_of_the_discrete():
     expected = 2 - integrate.quad(lambda v: stats.beta(a, b).logpdf(v) / math.log(2), 0, 1)[0]
     assert bits.mean().item() == pytest.approx(expected, abs=4 * bits.std().item() / n**0.5)
     assert bits.mean().item() > exact + 4 * bits.std().item() / n**0.5
+
+
+def test_samples_take_global_latents_from_what_was_learned():
+    vae = pyro_vae.build((2,), latent=2, prior="ARD()", likelihood="Gaussian(scale=0.001, net=MLP(hidden=[]))", size=9)
+    with torch.no_grad():
+        vae.prior.log_scale_loc.fill_(5.0)
+        vae.prior.log_scale_scale.fill_(-9.0)
+        vae.likelihood.net.layers[0].weight.copy_(torch.eye(2))
+    for seed in range(3):  # under the prior of the scales, a draw's spread would be about 1
+        _, draws = evaluation.sample(vae, 4000, (2,), seed=seed)
+        torch.testing.assert_close(draws.std(0).log(), torch.full((2,), 5.0), atol=0.1, rtol=0)

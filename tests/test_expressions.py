@@ -198,3 +198,13 @@ def test_factories_and_schedules_within(text, slot):
 def test_a_factory_takes_no_network_of_its_own():
     with pytest.raises(ValueError, match="net is given apart"):
         parse("Autoregressive(MLP(1, 1), (1, 2, 2), pixel=Bernoulli(net=MLP()))", "likelihood")
+
+
+def test_the_first_literal_comes_after_what_is_filled_in():
+    assert build((4,), likelihood="Categorical(5)").likelihood.num_classes == 5
+    assert build((4,), likelihood="Heterogeneous({'a': Gaussian, 'b': Categorical(3)})").likelihood.columns == (
+        "a",
+        "b",
+    )
+    assert build((4,), posterior="LowRankNormal(3)").posterior.rank == 3
+    assert build((4,), posterior="DiagonalNormal(MLP(hidden=[3]))").posterior.net.hidden == (3,)

@@ -7,7 +7,7 @@ from contract import LIKELIHOODS
 from scipy import special, stats
 from torch import nn
 
-from pyro_vae import posteriors
+from pyro_vae import likelihoods, posteriors
 
 exp, expit = np.exp, special.expit
 FORMULAS = {  # name: log-probability of values x under the documented parameters, the outputs of the network
@@ -80,3 +80,21 @@ def test_a_low_rank_at_its_bound_is_known_in_float32():
         fn, exact = posterior.distribution(outputs), posterior.distribution(outputs.double())
         value = fn.sample()
         assert fn.log_prob(value).item() == pytest.approx(exact.log_prob(value.double()).item(), abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["Poisson", "Binomial", "NegativeBinomial"])
+def test_large_counts_keep_their_digits_in_float32(name):
+    """A million's log-probability is a difference of numbers of ten million, of which float32 leaves nats."""
+    options = {"total_count": 10_000_000} if name == "Binomial" else {}
+    likelihood = getattr(likelihoods, name)(nn.Identity(), (1,), **options)
+    x = torch.tensor([1e6])
+    outputs = likelihood.first_parameter(x).reshape(1) if name == "Binomial" else x.log()
+    fn = likelihood.from_outputs(torch.cat([outputs, torch.zeros(likelihood.num_outputs - 1)]), ())
+    mean = fn.mean.double().numpy()
+    expected = {
+        "Poisson": lambda: stats.poisson.logpmf(1e6, mean),
+        "Binomial": lambda: stats.binom.logpmf(1e6, 1e7, mean / 1e7),
+        "NegativeBinomial": lambda: stats.nbinom.logpmf(1e6, 1, 1 / (1 + mean)),
+    }[name]()
+    assert fn.log_prob(x).dtype == torch.float32
+    np.testing.assert_allclose(fn.log_prob(x).numpy(), expected[0], rtol=2e-3)

@@ -280,7 +280,7 @@ def test_a_linear_program_is_factor_analysis():
 def test_a_table_of_text_counts_and_numbers():
     """Held-out patients are likelier than under the same likelihoods without latents, fitted column by column."""
     frame = load_diabetes(scaled=False, as_frame=True).data[["sex", "age", "bmi", "bp"]]
-    frame = frame.assign(sex=frame.sex.map({1: "one", 2: "two"}))
+    frame = frame.assign(sex=frame.sex.map({1: "one", 2: "two"}).astype("category"))
     frame[["bmi", "bp"]] = standardized(frame[["bmi", "bp"]])
     train, test = frame[:300], frame[300:]
     parts = {"sex": partial(Categorical, num_classes=2), "age": Poisson, ("bmi", "bp"): Gaussian}

@@ -295,5 +295,19 @@ def test_semi_amortized_steps_climb_the_elbo():
     assert elbos[1] > elbos[0] + 0.1
     vae.posterior(x).rsample().sum().backward()
     assert all(p.grad is not None for p in base.posterior.parameters())
+    with pytest.raises(ValueError, match="second derivatives, got Mixture"):
+        posteriors.SemiAmortized(posteriors.Mixture(networks.MLP(4, 27), 4), base.likelihood, base.prior)
+    with pytest.raises(ValueError, match="without exposure"):
+        build(posterior="SemiAmortized(base=DiagonalNormal())", likelihood="Poisson(exposure=True)")
     with pytest.raises(ValueError, match="reparameterized draws"):
         posteriors.SemiAmortized(posteriors.Bernoulli(networks.MLP(4, 4), 4), base.likelihood, base.prior)(x.float())
+
+
+@pytest.mark.parametrize("prior", ["GaussianMixture()", "VampPrior(components=3)", "Laplace()", "Flow()"])
+def test_nuts_runs_under_other_priors(prior):
+    vae = pyro_vae.build((4,), latent=2, network="MLP(hidden=[8])", prior=prior)
+    for parameter in vae.parameters():
+        parameter.requires_grad_(False)
+    mcmc = MCMC(NUTS(vae.model, max_tree_depth=3), num_samples=3, warmup_steps=2, disable_progbar=True)
+    mcmc.run(torch.ones(1, 4))
+    assert mcmc.get_samples()["z"].shape == (3, 1, 2)

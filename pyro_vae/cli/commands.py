@@ -237,7 +237,14 @@ def _load(run: Path, data: str | None, root: str | None, device: str, trust: boo
     asked |= {"root": root} if root else {}
     if asked["data"] is None:
         raise ValueError(f"{run} was fitted to data that its configuration does not name; name some with --data")
-    return _on(device, program), pyro_vae.data.load(**asked).test
+    test = pyro_vae.data.load(**asked).test
+    known = (config.get("recorded") or {}).get("categories") or {}
+    if other := [name for name, values in test.categories.items() if list(values) != known.get(name, list(values))]:
+        name = other[0]
+        raise ValueError(
+            f"{asked['data']}: expected the categories {known[name]} in {name}, got {list(test.categories[name])}"
+        )
+    return _on(device, program), test
 
 
 def _on(device: str, program: Program) -> nn.Module:

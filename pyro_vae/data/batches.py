@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae.data.loading import Splits
 from pyro_vae.data.sets import InMemory, to_float
-from pyro_vae.programs import Program, num_inputs, placement
+from pyro_vae.programs import MANY, Program, num_inputs, placement
 
 __all__ = ["Batches", "as_source"]
 
@@ -119,6 +119,9 @@ class Batches:
             raise ValueError(
                 f"data: expected tensors in a batch, got {', '.join(type(item).__name__ for item in items)}"
             )
+        if len(items) < self.num_inputs < MANY:
+            expected = f"expected {self.num_inputs} tensors in a batch, such as (x, exposure)"
+            raise ValueError(f"data: {expected}, got {len(items)}")
         x, *rest = (item.to(self.device, non_blocking=True) for item in items[: self.num_inputs])
         # Labels and other companions keep integer dtypes.
         return (to_float(x, self.dtype), *(r.to(self.dtype) if r.is_floating_point() else r for r in rest))

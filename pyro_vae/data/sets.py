@@ -26,9 +26,9 @@ _MAX_BINS = 2**9
 class InMemory(Dataset):
     r"""Data in memory, kept in the compact dtype that it came in, and served as floats.
 
-    `uint8` holds images and is served divided by 255; `bool` is served as 0 and 1; other dtypes keep their values. A
-    table's numbers and booleans are served as they are, its text and categories as codes 0, 1, ... With `dequantize`,
-    grey levels are served as
+    `uint8` holds images and is served divided by 255, unless it is 0 and 1 alone; `bool` is served as 0 and 1; other
+    dtypes keep their values. A table's numbers and booleans are served as they are, its text and categories as codes
+    0, 1, ... With `dequantize`, grey levels are served as
 
     .. math:: y = \frac{i + u}{\text{bins}}, \quad u \sim \operatorname{Uniform}(0, 1).
 
@@ -76,6 +76,8 @@ class InMemory(Dataset):
         if is_table(x):
             x, self.columns, self.categories = encode(x)
         self.x = as_tensor(x)
+        if self.x.dtype == torch.uint8 and self.x.numel() > 0 and int(self.x.max()) <= 1:
+            self.x = self.x.bool()  # 0 and 1 are what they say, and no image that is all but black
         self.y = None if y is None else as_tensor(y)
         self.binarize = None if binarize == "none" else binarize
         self.dequantize = dequantize

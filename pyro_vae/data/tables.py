@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,13 +67,26 @@ def encode(frame: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...], dict[str, 
     Raises:
         ValueError: If a column has missing or infinite values, or is refused by `with_categories`.
 
+    Warns:
+        UserWarning: If a column is text, whose codes depend on what occurs in it.
+
     Example:
         >>> import pandas as pd
-        >>> values, columns, categories = encode(pd.DataFrame({"age": [30, 41], "sex": ["m", "f"]}))
+        >>> frame = pd.DataFrame({"age": [30, 41], "sex": ["m", "f"]}).astype({"sex": "category"})
+        >>> values, columns, categories = encode(frame)
         >>> values.tolist(), columns, categories
         ([[30.0, 1.0], [41.0, 0.0]], ('age', 'sex'), {'sex': ('f', 'm')})
     """
-    frame = with_categories(frame)
+    given, frame = frame, with_categories(frame)
+    pairs = zip(frame.dtypes.items(), given.dtypes, strict=True)
+    if text := [
+        name for (name, new), old in pairs if isinstance(new, _categorical()) and not isinstance(old, type(new))
+    ]:
+        warnings.warn(
+            f"data: text in {', '.join(map(str, text))} is coded by what occurs in this table, and codes of another "
+            f"table may differ; make it a category before the table is split: frame.astype({{{text[0]!r}: 'category'}})",
+            stacklevel=3,
+        )
     columns = tuple(str(name) for name in frame.columns)
     values, categories = np.empty((len(frame), len(columns))), {}
     for i, name in enumerate(columns):

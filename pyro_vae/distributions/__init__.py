@@ -6,7 +6,8 @@ from pyro_vae.distributions.discretized import DiscretizedLogistic
 from pyro_vae.distributions.flows import FlowDistribution, as_pyro, import_zuko
 from pyro_vae.distributions.joint import Joint
 from pyro_vae.distributions.mixtures import DiagonalNormalMixture, PathwiseMixture, mixture
-from pyro_vae.distributions.one_hot import OneHotCategoricalGroups, RelaxedOneHotCategoricalGroups
+from pyro_vae.distributions.one_hot import OneHotCategoricalGroups, RelaxedOneHotCategoricalGroups, check_temperature
+from pyro_vae.distributions.precise import Precise, in_float64
 from pyro_vae.distributions.soft_bernoulli import SoftBernoulli
 from pyro_vae.distributions.sphere import UniformSphere, VonMisesFisher
 from pyro_vae.distributions.supports import (
@@ -31,14 +32,17 @@ __all__ = [
     "OneHotGroups",
     "OpenBeta",
     "PathwiseMixture",
+    "Precise",
     "RelaxedOneHotCategoricalGroups",
     "SoftBernoulli",
     "UniformSphere",
     "VonMisesFisher",
     "as_pyro",
     "boolean_vector",
+    "check_temperature",
     "describe",
     "import_zuko",
+    "in_float64",
     "mixture",
     "open_unit_interval",
     "same_support",

@@ -61,8 +61,15 @@ class FlowDistribution(ZukoToPyro):
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (as torch has it)
-    support = constraints.real_vector
     _validate_args = False
+
+    @property
+    def support(self) -> Any:
+        """The distribution's own, or real vectors where it does not say."""
+        try:
+            return self.dist.support
+        except NotImplementedError:
+            return constraints.real_vector
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw, with a gradient to the parameters."""

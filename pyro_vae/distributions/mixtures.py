@@ -25,11 +25,19 @@ def mixture(logits: Tensor, components: Any) -> dist.Distribution:
         'DiagonalNormalMixture'
     """
     diagonal = isinstance(components, dist.Independent) and type(components.base_dist) is dist.Normal
-    cls = DiagonalNormalMixture if diagonal and len(components.event_shape) == 1 else dist.MixtureSameFamily
+    cls = DiagonalNormalMixture if diagonal and len(components.event_shape) == 1 else _Mixture
     return cls(dist.Categorical(logits=logits), components)
 
 
-class DiagonalNormalMixture(dist.MixtureSameFamily):
+class _Mixture(dist.MixtureSameFamily):
+    """Torch's, with the support of its components, which has a bijection where torch's own constraint has none."""
+
+    @property
+    def support(self) -> Any:
+        return self.component_distribution.support
+
+
+class DiagonalNormalMixture(_Mixture):
     r"""A mixture of normal distributions with independent dimensions, the same for all values.
 
     .. math:: \log N(z; \mu_c, \sigma_c) = -\tfrac12 \sum_d \left( \frac{z_d^2}{\sigma_{cd}^2}
@@ -74,7 +82,7 @@ class DiagonalNormalMixture(dist.MixtureSameFamily):
         return log_density.expand(torch.broadcast_shapes(log_density.shape, self.batch_shape))
 
 
-class PathwiseMixture(dist.MixtureSameFamily):
+class PathwiseMixture(_Mixture):
     r"""A mixture of normal distributions with independent dimensions whose draws have a gradient to all parameters.
 
     .. math:: \frac{\partial z_d}{\partial \theta} = -\frac{\partial F_d / \partial \theta}{p(z_d \mid z_{<d})}, \quad

@@ -14,7 +14,17 @@ from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
 from pyro_vae.distributions.supports import OneHotGroups, simplices
 
-__all__ = ["OneHotCategoricalGroups", "RelaxedOneHotCategoricalGroups"]
+__all__ = ["OneHotCategoricalGroups", "RelaxedOneHotCategoricalGroups", "check_temperature"]
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a `ValueError` if a relaxed class's share would underflow float32 at this temperature.
+
+    Example:
+        >>> check_temperature(0.5)
+    """
+    if not temperature >= 1 / 3:
+        raise ValueError(f"RelaxedOneHotCategorical: expected temperature >= 1/3, got {temperature}")
 
 
 class _Groups(TorchDistribution):
@@ -90,8 +100,8 @@ class RelaxedOneHotCategoricalGroups(_Groups):
 
     .. math:: z_g = \operatorname{softmax}((l_g + \gamma_g) / T), \quad \gamma_{gc} \sim \text{Gumbel}(0, 1)
 
-    Values are kept at `1e-30` or above: at low temperatures all but one of a group underflow float32, where the density
-    is infinite.
+    Values are kept above zero, where the density is infinite: at temperatures below a third, or with logits further
+    apart than 14, some underflow float32, and densities of what was drawn are then wrong.
 
     Args:
         logits: Tensor `l` of shape `(*batch, groups, classes)`.
@@ -102,8 +112,8 @@ class RelaxedOneHotCategoricalGroups(_Groups):
         reparameterization with Gumbel-softmax.
 
     Example:
-        >>> RelaxedOneHotCategoricalGroups(torch.zeros(3, 4), torch.tensor(0.5)).rsample().unflatten(0, (3, 4)).sum(-1)
-        tensor([1.0000, 1.0000, 1.0000])
+        >>> RelaxedOneHotCategoricalGroups(torch.zeros(3, 4), torch.tensor(0.5)).rsample((5,)).shape
+        torch.Size([5, 12])
     """
 
     has_rsample = True
@@ -119,7 +129,13 @@ class RelaxedOneHotCategoricalGroups(_Groups):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draw, with a gradient to the logits."""
-        return self._log_base().rsample(Size(sample_shape)).exp().clamp(min=1e-30).flatten(-2)
+        return (
+            self._log_base()
+            .rsample(Size(sample_shape))
+            .exp()
+            .clamp(min=torch.finfo(self.logits.dtype).tiny)
+            .flatten(-2)
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density with respect to the groups' simplices."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.distributions import in_float64
 from pyro_vae.likelihoods.factorized import Factorized
 from pyro_vae.networks import positive, split_parameters
 
@@ -45,7 +47,7 @@ class Binomial(Factorized):
 
     def distribution(self, logits: Tensor) -> Any:
         """Binomial with these logits."""
-        return dist.Binomial(torch.full_like(logits, self.total_count), logits=logits)
+        return in_float64(lambda logits: dist.Binomial(self.total_count, logits=logits), logits)
 
     def first_parameter(self, mean: Tensor) -> Tensor:
         """The logit of the mean's share of the trials."""
@@ -72,6 +74,8 @@ class _Counts(Factorized):
         log_rate, *others = split_parameters(outputs, leading, self.num_params, self.event_shape)
         rate = positive(log_rate, bound=20.0)
         if exposure is not None:
+            if exposure.numel() != math.prod(exposure.shape[:1]):
+                raise ValueError(f"exposure: expected one value a datum, got shape {tuple(exposure.shape)}")
             if not (exposure > 0).all():
                 raise ValueError(f"exposure: expected values above 0, got {exposure.min().item():g}")
             rate = rate * exposure.reshape(*exposure.shape[:1], *[1] * len(self.event_shape))
@@ -104,7 +108,7 @@ class Poisson(_Counts):
 
     def distribution(self, rate: Tensor) -> Any:
         """Poisson with this rate."""
-        return dist.Poisson(rate)
+        return in_float64(dist.Poisson, rate)
 
 
 class NegativeBinomial(_Counts):
@@ -134,8 +138,11 @@ class NegativeBinomial(_Counts):
 
     def distribution(self, rate: Tensor, log_dispersion: Tensor) -> Any:
         """Negative binomial with this mean and log dispersion."""
-        dispersion = positive(log_dispersion)
-        return dist.NegativeBinomial(dispersion, logits=rate.log() - dispersion.log())
+        return in_float64(_negative_binomial, rate, positive(log_dispersion))
+
+
+def _negative_binomial(mean: Tensor, dispersion: Tensor) -> Any:
+    return dist.NegativeBinomial(dispersion, logits=mean.log() - dispersion.log())
 
 
 class _ZeroInflated(_Counts):
@@ -183,7 +190,7 @@ class ZeroInflatedPoisson(_ZeroInflated):
 
     def distribution(self, rate: Tensor, gate_logits: Tensor) -> Any:
         """Zero-inflated Poisson with this rate."""
-        return _Gated(dist.Poisson(rate), gate_logits=gate_logits.clamp(-15.0, 15.0))
+        return in_float64(lambda r, g: _Gated(dist.Poisson(r), gate_logits=g), rate, gate_logits.clamp(-15.0, 15.0))
 
 
 class ZeroInflatedNegativeBinomial(_ZeroInflated):
@@ -213,7 +220,5 @@ class ZeroInflatedNegativeBinomial(_ZeroInflated):
 
     def distribution(self, rate: Tensor, log_dispersion: Tensor, gate_logits: Tensor) -> Any:
         """Zero-inflated negative binomial with this mean and log dispersion."""
-        dispersion = positive(log_dispersion)
-        logits = rate.log() - dispersion.log()
-        counts = dist.NegativeBinomial(dispersion, logits=logits)
-        return _Gated(counts, gate_logits=gate_logits.clamp(-15.0, 15.0))
+        parameters = rate, positive(log_dispersion), gate_logits.clamp(-15.0, 15.0)
+        return in_float64(lambda r, d, g: _Gated(_negative_binomial(r, d), gate_logits=g), *parameters)

@@ -1,7 +1,7 @@
 """Networks that take any number of leading dimensions, and the maps from their output to parameters."""
 
 from pyro_vae.networks.convolutional import ConvDecoder, ConvEncoder
-from pyro_vae.networks.heads import flat_output_bias, positive, scale, split_parameters
+from pyro_vae.networks.heads import at_least_float32, flat_output_bias, positive, scale, split_parameters
 from pyro_vae.networks.leading import AnyLeading
 from pyro_vae.networks.mlp import MLP
 from pyro_vae.networks.residual import ResidualMLP, ResNetDecoder, ResNetEncoder
@@ -16,6 +16,7 @@ __all__ = [
     "ResNetEncoder",
     "ResidualMLP",
     "Standardized",
+    "at_least_float32",
     "flat_output_bias",
     "positive",
     "scale",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["flat_output_bias", "positive", "scale", "split_parameters"]
+__all__ = ["at_least_float32", "flat_output_bias", "positive", "scale", "split_parameters"]
 
 
 def split_parameters(
@@ -37,7 +37,17 @@ def split_parameters(
             f"network output: expected {wanted} values ({num_params} x {shape}) behind the leading shape {leading}, "
             f"got shape {tuple(output.shape)}"
         )
-    return output.reshape(*leading, num_params, *shape).unbind(len(leading))
+    return at_least_float32(output).reshape(*leading, num_params, *shape).unbind(len(leading))
+
+
+def at_least_float32(outputs: Tensor) -> Tensor:
+    """A network's outputs in float32 or better: under mixed precision densities would have three digits otherwise.
+
+    Example:
+        >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
 def flat_output_bias(net: nn.Module, num_outputs: int) -> Tensor:

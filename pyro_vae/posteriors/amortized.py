@@ -9,6 +9,8 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.networks import at_least_float32
+
 __all__ = ["Amortized"]
 
 
@@ -30,6 +32,7 @@ class Amortized(nn.Module):
 
     num_params: int = 1
     support: Any = constraints.real_vector
+    twice_differentiable = True  # whether draws have second derivatives, as `SemiAmortized` needs of its base
 
     def __init__(self, net: nn.Module, latent: int):
         super().__init__()
@@ -56,7 +59,7 @@ class Amortized(nn.Module):
                 f"got shape {tuple(outputs.shape)}"
             )
         # No location is a million away; beyond, the square of a distance in float32 would be infinite.
-        return outputs.clamp(-1e6, 1e6)
+        return at_least_float32(outputs).clamp(-1e6, 1e6)
 
     def distribution(self, outputs: Tensor) -> Any:
         """The distribution of outputs of shape `(*leading, num_outputs)`."""

@@ -161,6 +161,8 @@ class Mixture(Amortized):
         torch.Size([20])
     """
 
+    twice_differentiable = False
+
     def __init__(self, net: nn.Module, latent: int, components: int = 3):
         super().__init__(net, latent)
         if components < 1:

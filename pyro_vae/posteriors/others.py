@@ -17,6 +17,7 @@ from pyro_vae.distributions import (
     OneHotGroups,
     RelaxedOneHotCategoricalGroups,
     boolean_vector,
+    check_temperature,
     import_zuko,
     simplices,
 )
@@ -183,11 +184,11 @@ class RelaxedOneHotCategorical(_Groups):
         net: A network from data to `latent` logits, group by group.
         latent: Length of the vector: groups times classes.
         classes: Classes in a group (default: one group).
-        temperature: The temperature `T`, or a schedule such as `schedules.Linear(1.0, start=1.0, end=0.5)`, which `fit`
-            follows.
+        temperature: The temperature `T`, at least 1/3 (below, float32 has too few digits), or a schedule such as
+            `schedules.Linear(1.0, start=1.0, end=0.5)`, which `fit` follows.
 
     Raises:
-        ValueError: If `latent` is no multiple of `classes`, or a temperature is not positive; from `forward`, if the
+        ValueError: If `latent` is no multiple of `classes`, or a temperature is below 1/3; from `forward`, if the
             network's output is of another size.
 
     Reference:
@@ -218,13 +219,14 @@ class RelaxedOneHotCategorical(_Groups):
     def set_progress(self, progress: float) -> None:
         """Set the temperature of a point in training, from 0 to 1; `fit` calls this before each step."""
         temperature = self.temperature(progress) if callable(self.temperature) else self.temperature
-        if not temperature > 0:
-            raise ValueError(f"RelaxedOneHotCategorical: expected temperature > 0, got {temperature}")
+        check_temperature(temperature)
         self.current_temperature.fill_(temperature)
 
     def distribution(self, outputs: Tensor) -> Any:
         """Relaxed one-hot classes with these logits."""
-        return RelaxedOneHotCategoricalGroups(self._logits(outputs), self.current_temperature)
+        # Further apart, a class's share underflows float32.
+        logits = self._logits(outputs).clamp(-7.0, 7.0)
+        return RelaxedOneHotCategoricalGroups(logits, self.current_temperature)
 
 
 class VonMisesFisher(Amortized):
@@ -250,6 +252,7 @@ class VonMisesFisher(Amortized):
     """
 
     support = distributions.VonMisesFisher.support
+    twice_differentiable = False
 
     def __init__(self, net: nn.Module, latent: int):
         super().__init__(net, latent)

@@ -58,9 +58,18 @@ class SemiAmortized(nn.Module):
         super().__init__()
         if not (hasattr(base, "outputs") and hasattr(base, "distribution")):
             raise ValueError(f"SemiAmortized: expected a base such as DiagonalNormal, got {type(base).__name__}")
-        if hasattr(prior, "guide") or getattr(likelihood, "scale", None) == "optimal":
-            # Each step would draw the one anew, and count in the running average of the other.
-            raise ValueError("SemiAmortized: expected a prior without global latents, and no scale='optimal'")
+        # Each step would draw a global latent anew, count in an optimal scale's running average, and know no exposure.
+        modules = list(likelihood.modules())
+        optimal = any(getattr(module, "scale", None) == "optimal" for module in modules)
+        if hasattr(prior, "guide") or optimal or any(getattr(module, "exposure", False) for module in modules):
+            raise ValueError(
+                "SemiAmortized: expected a prior without global latents, and a likelihood without scale='optimal' and "
+                "without exposure"
+            )
+        if not getattr(base, "twice_differentiable", True):
+            raise ValueError(
+                f"SemiAmortized: expected a base whose draws have second derivatives, got {type(base).__name__}"
+            )
         if steps < 1 or not lr > 0 or not max_norm > 0:
             raise ValueError(f"SemiAmortized: expected positive steps, lr, max_norm; got {steps=}, {lr=}, {max_norm=}")
         self.base: Any = base

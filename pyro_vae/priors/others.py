@@ -14,6 +14,7 @@ from pyro_vae.distributions import (
     OneHotGroups,
     RelaxedOneHotCategoricalGroups,
     boolean_vector,
+    check_temperature,
     simplices,
 )
 
@@ -112,10 +113,10 @@ class RelaxedOneHotCategorical(_Groups):
     Args:
         latent: Length of the vector: groups times classes.
         classes: Classes in a group (default: one group).
-        temperature: The temperature `T`.
+        temperature: The temperature `T`, at least 1/3 (below, float32 has too few digits).
 
     Raises:
-        ValueError: If `latent` is no multiple of `classes`, or `temperature` is not positive.
+        ValueError: If `latent` is no multiple of `classes`, or `temperature` is below 1/3.
 
     Reference:
         Maddison, Mnih and Teh, 2017. The Concrete distribution.
@@ -129,8 +130,7 @@ class RelaxedOneHotCategorical(_Groups):
 
     def __init__(self, latent: int, classes: int | None = None, temperature: float = 0.5):
         super().__init__(latent, classes)
-        if not temperature > 0:
-            raise ValueError(f"RelaxedOneHotCategorical: expected temperature > 0, got {temperature}")
+        check_temperature(temperature)
         self.temperature = temperature
 
     def forward(self) -> dist.Distribution:
@@ -153,8 +153,8 @@ class UniformSphere(nn.Module):
         Davidson et al., 2018. Hyperspherical variational auto-encoders.
 
     Example:
-        >>> UniformSphere(3)().sample().norm()
-        tensor(1.0000)
+        >>> UniformSphere(3)().event_shape
+        torch.Size([3])
     """
 
     support = distributions.UniformSphere.support
