@@ -45,6 +45,14 @@ _SLOTS = {
     "anneal": _Slot(("pyro_vae.schedules",), Schedule),
     "optimizer": _Slot(("torch.optim",), torch.optim.Optimizer, factory=True),
 }
+_HINTS = {  # what to do about a missing argument
+    "base": "such as base=DiagonalNormal()",
+    "features": "such as features=20, the number of latent dimensions",
+    "in_shape": "an encoder and a decoder are a pair of networks: 'ConvEncoder(), ConvDecoder()'",
+    "loc": "of each column, as scale; from Python Standardized.of(net, x)",
+    "out_features": "a component says its network's size as num_params",
+    "out_shape": "an encoder and a decoder are a pair of networks: 'ConvEncoder(), ConvDecoder()'",
+}
 _TRUSTED = ("pyro_vae", "pyro.infer", "torch.optim", "torch.nn", "zuko.flows")
 _GIVEN_APART = ("params", "lr", "net", "event_shape")  # what a factory is called with later
 
@@ -79,7 +87,7 @@ def _tree(text: str, slot: str) -> ast.expr:
     except SyntaxError:
         tree = None
     if not isinstance(tree, ast.Call | ast.Name | ast.Attribute):
-        raise ValueError(f"{slot}: expected a call such as Name(argument=1), got {text!r}")
+        raise ValueError(f"{slot}: expected a call such as Name(argument=1, other='text in quotes'), got {text!r}")
     return tree
 
 
@@ -92,6 +100,7 @@ def build(
     posterior: str = "DiagonalNormal()",
     network: str = "MLP()",
     size: int | None = None,
+    standardize: tuple[Sequence[float], Sequence[float]] | None = None,
     trust: bool = True,
 ) -> nn.Module:
     """Build a `VAE` from expressions, with networks of the right sizes filled in.
@@ -105,6 +114,7 @@ def build(
         network: The network of a likelihood or posterior that names none of its own; or a pair of an encoder's and a
             decoder's, `"ConvEncoder(), ConvDecoder()"`.
         size: Number of data, for a prior with a global latent.
+        standardize: Mean and scale of each column of the data, for an encoder `Standardized(net=MLP())`.
         trust: Whether names outside `pyro_vae` may be imported.
 
     Raises:
@@ -120,6 +130,8 @@ def build(
     encoder_network, decoder_network = _networks(network)
     known = {"latent": latent, "event_shape": event_shape}
     encoder = known | {"in_features": event_shape, "in_shape": event_shape, "network": encoder_network}
+    if standardize is not None:
+        encoder |= {"loc": tuple(standardize[0]), "scale": tuple(standardize[1])}
     decoder = known | {"in_features": latent, "network": decoder_network}
     texts = {"prior": prior, "likelihood": likelihood, "posterior": posterior}
     trees = {name: _tree(text, name) for name, text in texts.items()}
@@ -233,7 +245,7 @@ def _build(node: ast.expr, slot: str, known: dict[str, Any], trust: bool) -> Any
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     required = [p.name for p in signature.parameters.values() if p.default is p.empty and p.kind not in optional]
     if missing := [name for name in required if name not in given]:
-        hint = " (a component says its network's size as num_params)" if "out_features" in missing else ""
+        hint = "".join(f" ({text})" for name, text in _HINTS.items() if name in missing)
         takes = ", ".join(signature.parameters)
         raise ValueError(f"{cls.__name__}: expected a value for {', '.join(missing)}{hint}; it takes {takes}")
     return _construct(cls, given)

@@ -49,6 +49,9 @@ def training_curve(history: pd.DataFrame) -> Figure:
         low = min(settled.min(), history.valid_elbo.iloc[len(history) // 20 :].min())
         high = history[["elbo", "valid_elbo"]].max().max()
         elbo.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        both = history[["rate", "distortion"]].iloc[max(1, len(history) // 20) :]
+        low, high = min(0.0, both.min().min()), both.max().max()
+        parts.set_ylim(low, high + 0.05 * (high - low))
     beta.set_ylim(0, 1.1 * max(1.0, history.beta.max()))
     return figure
 
@@ -69,9 +72,12 @@ def image_grid(x: Tensor, columns: int = 8) -> Figure:
     if not is_image(tuple(x.shape[1:])):
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots()
-        drawn = axes.imshow(x.flatten(1).numpy(), aspect="auto", interpolation="nearest")
+        # Columns of a table may differ a thousandfold, and one scale would show the largest alone.
+        rows = x.flatten(1).double()
+        rows = (rows - rows.mean(0)) / rows.std(0, correction=0).clamp(min=1e-12)
+        drawn = axes.imshow(rows.numpy(), aspect="auto", interpolation="nearest", vmin=-3, vmax=3)
         axes.set(xlabel="dimension", ylabel="datum")
-        figure.colorbar(drawn)
+        figure.colorbar(drawn, label="standard deviations from the dimension's mean")
         return figure
     from torchvision.utils import make_grid
 

@@ -9,9 +9,11 @@ import signal
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -581,15 +583,16 @@ def _progress_bar(training: Training, visible: bool) -> Iterator[Callable[[Step]
         *columns, console=Console(stderr=True), disable=not visible or training.step == training.total_steps
     ) as bar:
         task = bar.add_task("", total=training.total_steps, completed=training.step, **fields)
-        start, first, shown, elbo = time.perf_counter(), training.step, 0.0, math.nan
+        start, first, shown = time.perf_counter(), training.step, 0.0
+        recent: deque[float] = deque(maxlen=50)  # their median forgets a bad start, and one bad step
 
         def show(step: Step) -> None:
-            nonlocal shown, elbo
-            elbo = step.elbo if math.isnan(elbo) else 0.99 * elbo + 0.01 * step.elbo
+            nonlocal shown
+            recent.append(step.elbo)
             now = time.perf_counter()
             if now - shown > 0.1 or step.step == training.total_steps:
                 rate = (step.step - first) / (now - start)
-                bar.update(task, completed=step.step, epoch=step.epoch, rate=rate, elbo=elbo, beta=step.beta)
+                bar.update(task, completed=step.step, epoch=step.epoch, rate=rate, elbo=median(recent), beta=step.beta)
                 shown = now
 
         yield show

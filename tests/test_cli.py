@@ -365,6 +365,25 @@ def test_other_components_from_the_command_line(call, tmp_path):
     assert "with UniformSphere fit the posteriors" in err
 
 
+def test_grey_images_are_binarized_for_bernoulli_pixels_too(call, tmp_path):
+    likelihood = "Autoregressive(channels=2, blocks=1, kernel_size=3)"
+    code, out, err = call(*FIT, "--likelihood", likelihood, "--epochs", "1", "--out", "run")
+    assert code == 0, err
+    assert "grey values are binarized dynamically" in out
+    assert "binarize: dynamic" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_columns_of_a_table_are_standardized_for_the_encoder(call, tmp_path):
+    frame = pd.DataFrame({"a": np.linspace(900, 1100, 60), "b": np.tile([0.1, 0.2, 0.3], 20)})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    code, _, err = call("fit", "--data", "t.csv", "--likelihood", "Gaussian()", "--epochs", "1", "--batch-size", "10",
+                        "--num-particles", "5", "--latent", "2", "--out", "run")  # fmt: skip
+    assert code == 0, err
+    net = pyro_vae.load(tmp_path / "run").posterior.net
+    assert type(net).__name__ == "Standardized"
+    assert net.loc == pytest.approx((1000, 0.2), rel=0.05)
+
+
 def test_debug_shows_the_traceback(tmp_path):
     done = run("fit", "--data", "mnits", "--debug", cwd=tmp_path)
     assert done.returncode != 0

@@ -635,3 +635,9 @@ def test_a_batch_lacks_the_exposure_that_the_program_takes():
     vae = pyro_vae.build((2,), latent=2, likelihood="Poisson(exposure=True)")
     with pytest.raises(ValueError, match=r"expected 2 tensors in a batch, such as \(x, exposure\), got 1"):
         check(vae, Batches(torch.ones(3, 2), vae, 3))
+
+
+def test_a_grid_of_another_size_is_named():
+    vae = pyro_vae.build((3,), latent=2, likelihood="DiscretizedLogistic()")
+    with pytest.raises(ValueError, match="on a grid of bins=5"):
+        check(vae, Batches(torch.tensor([[0.0, 0.25, 1.0]]), vae, 1))

@@ -17,6 +17,7 @@ from pyro_vae.cli import output
 from pyro_vae.cli.configuration import DATA
 from pyro_vae.data import InMemory, Splits
 from pyro_vae.likelihoods import Bernoulli
+from pyro_vae.networks import Standardized
 from pyro_vae.programs import Program
 
 app = typer.Typer(
@@ -127,12 +128,11 @@ def fit(
     splits = pyro_vae.data.load(data, binarize=binarize or "none", **asked)
 
     # Written out and read back, so that the file of this run builds the very same weights again.
-    program = program or expressions.write(
-        expressions.build(splits.train.event_shape, **chosen, size=len(splits.train), trust=trust), "program"
-    )
+    program = program or expressions.write(_build(splits.train, chosen, trust), "program")
     seed_everything(seed, verbose=False)
     built = expressions.parse(program, "program", trust=trust)
-    bernoulli = isinstance(getattr(built, "likelihood", None), Bernoulli)
+    likelihood_of = getattr(built, "likelihood", None)
+    bernoulli = isinstance(getattr(likelihood_of, "pixel_likelihood", likelihood_of), Bernoulli)
     if binarize is None and dequantize is None and bernoulli and splits.train.grey:
         output.say("grey values are binarized dynamically for the Bernoulli likelihood (--binarize none keeps them)")
         splits = pyro_vae.data.load(data, binarize="dynamic", **asked)
@@ -161,6 +161,16 @@ def fit(
     output.evaluate(run, built, splits.test, num_particles)
     output.write_figures(run, built, splits.test, fitted.history)
     output.say(f"run directory: {run}")
+
+
+def _build(train: InMemory, chosen: dict[str, Any], trust: bool) -> nn.Module:
+    """The program of the chosen parts. A table's columns differ in scale, and are standardized for the encoder."""
+    standardize = None
+    if train.columns is not None:
+        standardized = Standardized.of(nn.Identity(), pyro_vae.data.to_float(train.x))
+        standardize = standardized.loc, standardized.scale
+        chosen = {"network": "Standardized(net=MLP()), MLP()"} | chosen
+    return expressions.build(train.event_shape, **chosen, size=len(train), standardize=standardize, trust=trust)
 
 
 def _fit(program: Program, train: InMemory, *, out: Path, **options: Any) -> pyro_vae.training.Fitted:

@@ -40,6 +40,8 @@ def evaluate(
     if write:
         runs.write_json(run / runs.METRICS, metrics)
     _table(metrics, len(test))
+    if summary.rate.mean() < 0.1:
+        say("the rate is near 0: the latents say nothing of the data; train longer, or anneal (--anneal 'Linear(0.5)')")
 
 
 def _table(metrics: dict[str, Any], num_data: int) -> None:

@@ -16,7 +16,7 @@ from torch.distributions import TransformedDistribution, constraints
 from pyro_vae import likelihoods
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.sets import InMemory
-from pyro_vae.distributions import describe
+from pyro_vae.distributions import Grid, describe
 from pyro_vae.handlers import in_data_plate
 from pyro_vae.programs import Program, undisturbed
 
@@ -129,11 +129,12 @@ def _check_support(site: Any, parts: Iterable[Tensor]) -> None:
     # A transformed distribution, such as LogNormal, also has a base, but is another kind.
     while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
         base = base.base_dist
+    base = getattr(base, "pixel_likelihood", base)  # of images value by value
     name, grey = type(base).__name__.removeprefix("Soft"), False
     for x in parts:
         if not support.check(x).all():
             wanted = f"{site['name']}: expected values in the support of the {name} likelihood ({describe(support)})"
-            raise ValueError(f"{wanted}, got {_misfit(support, parts)}")
+            raise ValueError(f"{wanted}, got {_misfit(name, support, parts)}")
         grey = grey or (name == "Bernoulli" and not ((x == 0) | (x == 1)).all().item())
     if grey:
         warnings.warn(
@@ -143,14 +144,18 @@ def _check_support(site: Any, parts: Iterable[Tensor]) -> None:
         )
 
 
-def _misfit(support: Any, parts: Iterable[Tensor]) -> str:
+def _misfit(name: str, support: Any, parts: Iterable[Tensor]) -> str:
     """The values that do not fit, and what would."""
     low, high = min(x.min().item() for x in parts), max(x.max().item() for x in parts)
     got = f"values from {low:g} to {high:g}"
     # Are the ends all that does not fit?
     if low >= 0 and high <= 1 and all(support.check(x.clamp(1e-6, 1 - 1e-6)).all() for x in parts):
         return f"{got}, of which 0 and 1 do not fit: dequantize grey levels (data.load(..., dequantize=256))"
-    fit = [name for name, known in _supports() if all(known.check(x).all() for x in parts)]
+    if isinstance(support, Grid):
+        finer = (bins for bins in range(2, 257) if all(Grid(bins).check(x).all() for x in parts))
+        if (bins := next(finer, None)) is not None:
+            return f"{got}, on a grid of bins={bins}"
+    fit = [other for other, known in _supports() if other != name and all(known.check(x).all() for x in parts)]
     return f"{got}; likelihoods that would fit: {', '.join(fit) or 'none'}"
 
 

@@ -83,8 +83,8 @@ def encode(frame: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...], dict[str, 
         name for (name, new), old in pairs if isinstance(new, _categorical()) and not isinstance(old, type(new))
     ]:
         warnings.warn(
-            f"data: text in {', '.join(map(str, text))} is coded by what occurs in this table, and codes of another "
-            f"table may differ; make it a category before the table is split: frame.astype({{{text[0]!r}: 'category'}})",
+            f"data: text in {', '.join(map(str, text))} is coded by what occurs in this table, others may have other "
+            f"codes; make it a category before the table is split: frame.astype({{{text[0]!r}: 'category'}})",
             stacklevel=3,
         )
     columns = tuple(str(name) for name in frame.columns)
