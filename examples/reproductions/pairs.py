@@ -133,15 +133,14 @@ def main():
     ]
     for names in track(chosen[: arguments.first], "triples"):
         rows.append(result(*names, suited[names[2]], arguments.steps))
+        if rows[-1]["result"] == "failed":
+            print(*rows[-1].values(), sep=" | ", flush=True)
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
     counts = {what: sum(row["result"] == what for row in rows) for what in ("trained", "refused", "failed")}
     print(", ".join(f"{count} {what}" for what, count in counts.items()))
-    for row in rows:
-        if row["result"] == "failed":
-            print(*row.values(), sep=" | ")
 
 
 if __name__ == "__main__":
