@@ -8,9 +8,9 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pyro_vae.distributions import FlowDistribution, import_zuko, mixture
+from pyro_vae.priors.latent import Latent
 
 __all__ = ["Flow", "VampPrior"]
 
@@ -93,7 +93,7 @@ class VampPrior(nn.Module):
         return f"components={self.components}, event_shape={self.event_shape}"
 
 
-class Flow(nn.Module):
+class Flow(Latent):
     r"""A normalizing flow of zuko.
 
     .. math:: p(z) = N(f(z); 0, I)\, \left| \det \frac{\partial f}{\partial z} \right|
@@ -117,13 +117,8 @@ class Flow(nn.Module):
         torch.Size([20])
     """
 
-    support = constraints.real_vector
-
     def __init__(self, latent: int, flow: Callable[..., nn.Module] | None = None):
-        super().__init__()
-        if latent < 2:
-            raise ValueError(f"Flow: expected latent > 1, got {latent}")
-        self.latent = latent
+        super().__init__(latent, least=2)
         self.flow = flow
         make = flow or import_zuko().flows.RealNVP
         options: Any = {} if flow else {"transforms": 6, "hidden_features": (128, 128)}
@@ -132,7 +127,3 @@ class Flow(nn.Module):
     def forward(self) -> dist.Distribution:
         """The prior p(z)."""
         return FlowDistribution(self.transforms())
-
-    def extra_repr(self) -> str:
-        """What `repr` shows."""
-        return f"latent={self.latent}"

@@ -17,11 +17,12 @@ from pyro_vae.distributions import (
     check_temperature,
     simplices,
 )
+from pyro_vae.priors.latent import Latent
 
 __all__ = ["Bernoulli", "OneHotCategorical", "RelaxedOneHotCategorical", "UniformSphere"]
 
 
-class Bernoulli(nn.Module):
+class Bernoulli(Latent):
     r"""Independent fair bits.
 
     .. math:: p(z) = 2^{-\text{latent}}, \quad z \in \{0, 1\}^\text{latent}
@@ -41,19 +42,12 @@ class Bernoulli(nn.Module):
     logits: Tensor
 
     def __init__(self, latent: int):
-        super().__init__()
-        if latent < 1:
-            raise ValueError(f"Bernoulli: expected latent > 0, got {latent}")
-        self.latent = latent
+        super().__init__(latent)
         self.register_buffer("logits", torch.zeros(latent), persistent=False)
 
     def forward(self) -> dist.Distribution:
         """The prior p(z)."""
         return dist.Bernoulli(logits=self.logits).to_event(1)
-
-    def extra_repr(self) -> str:
-        """What `repr` shows."""
-        return f"latent={self.latent}"
 
 
 class _Groups(nn.Module):
@@ -138,7 +132,7 @@ class RelaxedOneHotCategorical(_Groups):
         return RelaxedOneHotCategoricalGroups(self.logits, self.logits.new_tensor(self.temperature))
 
 
-class UniformSphere(nn.Module):
+class UniformSphere(Latent):
     r"""The uniform distribution on the unit sphere, prior of the hyperspherical autoencoder.
 
     .. math:: p(z) = \frac{\Gamma(d / 2)}{2 \pi^{d / 2}}, \quad \lVert z \rVert = 1
@@ -161,16 +155,9 @@ class UniformSphere(nn.Module):
     like: Tensor
 
     def __init__(self, latent: int):
-        super().__init__()
-        if latent < 2:
-            raise ValueError(f"UniformSphere: expected latent > 1, got {latent}")
-        self.latent = latent
+        super().__init__(latent, least=2)
         self.register_buffer("like", torch.zeros(()), persistent=False)
 
     def forward(self) -> dist.Distribution:
         """The prior p(z)."""
         return distributions.UniformSphere(self.latent, like=self.like)
-
-    def extra_repr(self) -> str:
-        """What `repr` shows."""
-        return f"latent={self.latent}"

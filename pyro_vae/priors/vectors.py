@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
-from torch.distributions import constraints
+from torch import nn
 
 from pyro_vae.distributions import mixture
 from pyro_vae.networks import positive, scale
+from pyro_vae.priors.latent import Latent
 
 __all__ = ["ARD", "DiagonalNormal", "GaussianMixture", "Laplace", "StandardNormal", "StudentT"]
 
 
-class _Latent(nn.Module):
-    """A prior over vectors of `latent` dimensions."""
-
-    support: Any = constraints.real_vector
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, latent: int):
-        super().__init__()
-        if latent < 1:
-            raise ValueError(f"{type(self).__name__}: expected latent > 0, got {latent}")
-        self.latent = latent
-
-    def _standardized(self) -> None:
-        """Buffers of zeros and ones, which follow the module to its device and dtype."""
-        self.register_buffer("loc", torch.zeros(self.latent), persistent=False)
-        self.register_buffer("scale", torch.ones(self.latent), persistent=False)
-
-    def extra_repr(self) -> str:
-        """What `repr` shows."""
-        return f"latent={self.latent}"
-
-
-class StandardNormal(_Latent):
+class StandardNormal(Latent):
     r"""The standard normal prior.
 
     .. math:: p(z) = N(z; 0, I)
@@ -70,7 +45,7 @@ class StandardNormal(_Latent):
         return dist.Normal(self.loc, self.scale).to_event(1)
 
 
-class DiagonalNormal(_Latent):
+class DiagonalNormal(Latent):
     r"""A normal prior with learned mean and scale of each dimension.
 
     .. math:: p(z) = \prod_d N(z_d; \mu_d, \sigma_d^2)
@@ -96,7 +71,7 @@ class DiagonalNormal(_Latent):
         return dist.Normal(self.loc, scale(self.log_variance)).to_event(1)
 
 
-class GaussianMixture(_Latent):
+class GaussianMixture(Latent):
     r"""A mixture of normal distributions with learned weights, means and scales.
 
     .. math:: p(z) = \sum_c \pi_c \prod_d N(z_d; \mu_{cd}, \sigma_{cd}^2)
@@ -133,7 +108,7 @@ class GaussianMixture(_Latent):
         return mixture(self.logits, components)
 
 
-class Laplace(_Latent):
+class Laplace(Latent):
     r"""Independent Laplace distributions of scale one: sparser than the normal.
 
     .. math:: p(z) = \prod_d \tfrac12 e^{-|z_d|}
@@ -158,7 +133,7 @@ class Laplace(_Latent):
         return dist.Laplace(self.loc, self.scale).to_event(1)
 
 
-class StudentT(_Latent):
+class StudentT(Latent):
     r"""Independent Student's t distributions of scale one, whose tails let outliers be far out.
 
     .. math:: p(z) = \prod_d t_\nu(z_d)
@@ -187,7 +162,7 @@ class StudentT(_Latent):
         return dist.StudentT(self.scale * self.df, self.loc, self.scale).to_event(1)
 
 
-class ARD(_Latent):
+class ARD(Latent):
     r"""Automatic relevance determination: a normal prior whose scales are latent themselves, one for all data.
 
     .. math:: p(z \mid s) = \prod_d N(z_d; 0, s_d^2), \quad s_d \sim \text{HalfCauchy}(1), \quad
