@@ -1,20 +1,14 @@
-"""Training: `steps`, a generator whose loop is the user's, and `fit` on top."""
+"""Training step by step."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import signal
-import threading
-import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
@@ -22,18 +16,13 @@ from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
 
-from pyro_vae import evaluation, expressions, handlers, runs
-from pyro_vae.data import Batches, as_source, check
+from pyro_vae import handlers, runs
+from pyro_vae.data import Batches, check
 from pyro_vae.programs import Program, undisturbed
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["Fitted", "NonFiniteError", "Step", "Training", "fit", "steps"]
+__all__ = ["NonFiniteError", "Step", "Training", "steps"]
 
 LR_SCHEDULES = ("cosine", "one-cycle")
-HISTORY = ("epoch", "step", "beta", "loss", "elbo", "rate", "distortion", "valid_elbo", "seconds")
-_AVERAGED = ("loss", "elbo", "rate", "distortion")
 
 
 class NonFiniteError(FloatingPointError):
@@ -319,280 +308,3 @@ def steps(program: Program, data: Any, **options: Any) -> Iterator[Step]:
         ...         break
     """
     yield from Training(program, data, **options)
-
-
-@dataclasses.dataclass(frozen=True)
-class Fitted:
-    """What `fit` returns.
-
-    Attributes:
-        program: The trained program, the one that was given.
-        history: One row an epoch, with columns epoch, step, beta (at its last step), loss, elbo (with beta = 1), rate,
-            distortion (means over the epoch), valid_elbo (at its end), all in nats per datum, and seconds.
-        out: The run directory, or None.
-    """
-
-    program: Program
-    history: pd.DataFrame
-    out: Path | None
-
-
-def fit(
-    program: Program,
-    data: Any,
-    *,
-    valid: Any = None,
-    estimator: ELBO | None = None,
-    anneal: Callable[[float], float] | None = None,
-    epochs: int = 100,
-    batch_size: int = 128,
-    lr: float = 1e-3,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
-    lr_schedule: str | Callable[..., Any] | None = None,
-    device: str = "auto",
-    precision: str = "32-true",
-    seed: int | None = None,
-    start_at_mean: bool = False,
-    out: str | os.PathLike | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> Fitted:
-    r"""Train a program, in place.
-
-    .. math:: \min_{\theta, \phi} \tfrac1N \sum_n E_q[-\log p_\theta(x_n \mid z)]
-              + \beta(t)\, E_q\Big[\log \frac{q_\phi(z \mid x_n)}{p_\theta(z)}\Big]
-
-    is what it does with `Trace_ELBO`; another estimator brings its own loss. The loss is per datum.
-
-    Args:
-        program: A module with Pyro programs `model(*batch)` and `guide(*batch)`.
-        data: Tensor, array, `(x, y)` pair, `Dataset` or `DataLoader`. What the program does not take of a batch, such
-            as labels, is left out.
-        valid: Data for a validation ELBO after each epoch.
-        estimator: Any `pyro.infer.ELBO` (default `Trace_ELBO()`).
-        anneal: Beta as a function of progress in [0, 1], such as `schedules.Linear(0.1)` (default 1).
-        epochs: Passes over the data.
-        batch_size: Data in a step.
-        lr: Learning rate; the highest one of a schedule.
-        optimizer: Called with the parameters and `lr=`.
-        lr_schedule: None, "cosine", "one-cycle" (with 5 % warm-up), or a function from the optimizer to a torch
-            scheduler, which is then stepped after each step.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
-        precision: Fabric's: "32-true", "bf16-mixed", "64-true", ...
-        seed: Seed of all random numbers; None goes on from the current state.
-        start_at_mean: Whether to set the likelihood's output bias from the data's mean first. It saves the first
-            epochs, in which many latents are otherwise lost for good.
-        out: Run directory to write; None writes nothing.
-        resume: Go on from the checkpoint in `out`: bit for bit, but within an epoch of a stream that shuffles itself.
-        overwrite: Replace a run in `out`.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        A `Fitted`, with the history. The program is in eval mode.
-
-    Raises:
-        ValueError: If an argument or the data do not suit, or `out` exists.
-        NonFiniteError: If the loss is NaN or infinite; the last good checkpoint stays.
-        KeyboardInterrupt: After Ctrl-C, once the step is done and the checkpoint written.
-
-    Reference:
-        Kingma and Welling, 2014. Auto-encoding variational Bayes. Bowman et al., 2016. Generating sentences from a
-        continuous space (annealing).
-
-    Example:
-        >>> import pyro_vae
-        >>> vae = pyro_vae.build((8, 8), latent=2)
-        >>> fitted = fit(vae, torch.ones(10, 8, 8), epochs=2, batch_size=5, progress=False)
-        >>> fitted.history.step.tolist()
-        [2, 4]
-    """
-    folder = None if out is None else Path(out)
-    if folder is not None:
-        runs.check_free(folder, resume, overwrite)
-    elif resume:
-        raise ValueError("resume: expected a run directory out=, got None")
-    source, warn = as_source(data), folder is not None and not resume
-    config = {
-        **_data_config(source),
-        "program": _written(program, "program", warn),
-        "estimator": _written(estimator or Trace_ELBO(), "estimator", warn),
-        "anneal": _written(anneal, "anneal", warn),
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": float(lr),
-        "optimizer": _written(optimizer, "optimizer", warn),
-        "lr_schedule": lr_schedule if isinstance(lr_schedule, str) else _written(lr_schedule, "lr_schedule", warn),
-        "device": device,
-        "precision": precision,
-        "seed": seed,
-        "start_at_mean": start_at_mean,
-    }
-    training = Training(
-        program,
-        source,
-        estimator=estimator,
-        anneal=anneal,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        optimizer=optimizer,
-        lr_schedule=lr_schedule,
-        device=device,
-        precision=precision,
-        seed=seed,
-        start_at_mean=start_at_mean,
-    )
-    history = _History()
-    if folder is not None:
-        if resume:
-            tensors, meta = runs.read_checkpoint(folder / runs.CHECKPOINT)
-            training.restore(tensors, meta, folder / runs.CHECKPOINT)
-            history.restore(meta)
-        config["recorded"] = {"event_shape": _event_shape(training), **runs.versions()}
-    if valid is not None:
-        evaluation.checked_batches(program, valid, 1)
-    written = False
-    with _progress_bar(training, progress) as show, _interruptible() as interrupted:
-        for step in training:
-            history.add(step)
-            show(step)
-            if folder is not None and not written:  # not before a step has shown that the run works
-                if not resume:
-                    runs.clear(folder)
-                runs.write_config(folder, config)
-                _save(folder, training, history)
-                written = True
-            if training.step % len(training.batches) == 0:
-                history.close_epoch(None if valid is None else evaluation.elbo(program, valid).mean().item())
-                if folder is not None:
-                    _save(folder, training, history)
-            if interrupted():
-                if folder is not None:
-                    _save(folder, training, history)
-                raise KeyboardInterrupt
-    training.check_finite()
-    program.eval()
-    if folder is not None:
-        runs.write_checkpoint(folder / runs.MODEL, runs.weights(program))
-    return Fitted(program, history.frame(), folder)
-
-
-def _written(value: Any, slot: str, warn: bool) -> str | None:
-    """The expression of a value; for one that has none, the reason in parentheses, which is no expression."""
-    if value is None:
-        return None
-    try:
-        return expressions.write(value, slot)
-    except (ValueError, TypeError) as error:
-        if warn:
-            warnings.warn(
-                f"{runs.CONFIG} cannot name the {slot} ({error}), and cannot repeat the run alone", stacklevel=3
-            )
-        return f"({error})"
-
-
-def _data_config(source: Any) -> dict[str, Any]:
-    return dict(getattr(source, "source", None) or {"data": None})
-
-
-def _event_shape(training: Training) -> list[int]:
-    with undisturbed(training.program):
-        return list(next(training.batches.epoch(0))[0].shape[1:])
-
-
-def _save(folder: Path, training: Training, history: _History) -> None:
-    tensors, meta = training.state()
-    runs.write_checkpoint(folder / runs.CHECKPOINT, tensors, meta | history.meta())
-    with runs.replacing(folder / runs.HISTORY) as temporary:
-        history.frame().to_csv(temporary, index=False)
-
-
-class _History:
-    """Rows of finished epochs, and the sums of the running one."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.sums: dict[str, float] = {}
-        self.started = time.perf_counter()
-
-    def add(self, step: Step) -> None:
-        for name in _AVERAGED:
-            self.sums[name] = self.sums.get(name, 0.0) + getattr(step, name) * step.num_data
-        self.sums["num_data"] = self.sums.get("num_data", 0) + step.num_data
-        self.last = step
-
-    def close_epoch(self, valid_elbo: float | None) -> None:
-        row: dict[str, Any] = {name: self.sums[name] / self.sums["num_data"] for name in _AVERAGED}
-        row |= {"epoch": self.last.epoch, "step": self.last.step, "beta": self.last.beta}
-        row |= {"valid_elbo": valid_elbo, "seconds": self._seconds()}
-        self.rows.append({name: row[name] for name in HISTORY})
-        self.sums, self.started = {}, time.perf_counter()
-
-    def _seconds(self) -> float:
-        return self.sums.get("seconds", 0.0) + time.perf_counter() - self.started
-
-    def frame(self) -> pd.DataFrame:
-        import pandas as pd
-
-        frame = pd.DataFrame(self.rows, columns=list(HISTORY))
-        return frame.astype({name: float for name in HISTORY if name not in ("epoch", "step")})
-
-    def meta(self) -> dict[str, Any]:
-        return {"history": self.rows, "sums": self.sums | {"seconds": self._seconds()} if self.sums else {}}
-
-    def restore(self, meta: dict[str, Any]) -> None:
-        self.rows, self.sums = meta["history"], meta["sums"]
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Hold the first Ctrl-C back until the running step is done; a second one interrupts at once."""
-    pressed: list[bool] = []
-    if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
-        yield lambda: False
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handle(signum: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _progress_bar(training: Training, visible: bool) -> Iterator[Callable[[Step], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.0f} steps/s  ELBO {task.fields[elbo]:.2f}  beta {task.fields[beta]:.2f}"),
-        TimeRemainingColumn(),
-    )
-    fields: Any = {"epoch": 1, "epochs": training.epochs, "rate": 0.0, "elbo": math.nan, "beta": 1.0}
-    with Progress(
-        *columns, console=Console(stderr=True), disable=not visible or training.step == training.total_steps
-    ) as bar:
-        task = bar.add_task("", total=training.total_steps, completed=training.step, **fields)
-        start, first, shown = time.perf_counter(), training.step, 0.0
-        recent: deque[float] = deque(maxlen=50)  # their median forgets a bad start, and one bad step
-
-        def show(step: Step) -> None:
-            nonlocal shown
-            recent.append(step.elbo)
-            now = time.perf_counter()
-            if now - shown > 0.1 or step.step == training.total_steps:
-                rate = (step.step - first) / (now - start)
-                bar.update(task, completed=step.step, epoch=step.epoch, rate=rate, elbo=median(recent), beta=step.beta)
-                shown = now
-
-        yield show

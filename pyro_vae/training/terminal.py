@@ -1,0 +1,71 @@
+"""Training at a terminal: Ctrl-C and a progress bar."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+from pyro_vae.training.steps import Step, Training
+
+__all__ = ["interruptible", "progress_bar"]
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Hold the first Ctrl-C back until the running step is done; a second one interrupts at once."""
+    pressed: list[bool] = []
+    if threading.current_thread() is not threading.main_thread():  # only there can a handler be set
+        yield lambda: False
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(signum: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def progress_bar(training: Training, visible: bool) -> Iterator[Callable[[Step], None]]:
+    """A bar on stderr, to be called with each step."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.0f} steps/s  ELBO {task.fields[elbo]:.2f}  beta {task.fields[beta]:.2f}"),
+        TimeRemainingColumn(),
+    )
+    fields: Any = {"epoch": 1, "epochs": training.epochs, "rate": 0.0, "elbo": math.nan, "beta": 1.0}
+    with Progress(
+        *columns, console=Console(stderr=True), disable=not visible or training.step == training.total_steps
+    ) as bar:
+        task = bar.add_task("", total=training.total_steps, completed=training.step, **fields)
+        start, first, shown = time.perf_counter(), training.step, 0.0
+        recent: deque[float] = deque(maxlen=50)  # their median forgets a bad start, and one bad step
+
+        def show(step: Step) -> None:
+            nonlocal shown
+            recent.append(step.elbo)
+            now = time.perf_counter()
+            if now - shown > 0.1 or step.step == training.total_steps:
+                rate = (step.step - first) / (now - start)
+                bar.update(task, completed=step.step, epoch=step.epoch, rate=rate, elbo=median(recent), beta=step.beta)
+                shown = now
+
+        yield show
