@@ -12,13 +12,16 @@ import itertools
 from collections import defaultdict
 from pathlib import Path
 
+import pandas as pd
 import torch
 from pyro.infer import Trace_ELBO
 from rich.progress import track
 from sklearn.datasets import load_diabetes, load_digits, load_wine
+from torch import nn
 
 import pyro_vae
 from pyro_vae import data, expressions
+from pyro_vae.networks import Standardized
 from pyro_vae.training import steps
 
 OPTIONS = {  # in place of a bare name()
@@ -62,6 +65,8 @@ def datasets():
 
 def build(prior, posterior, likelihood, x):
     """The program of three components."""
+    table = isinstance(x, pd.DataFrame)  # whose columns differ in scale
+    standardized = Standardized.of(nn.Identity(), torch.as_tensor(x.to_numpy())) if table else None
     text = {name: OPTIONS.get(name, f"{name}()") for name in (prior, posterior, likelihood)}
     return pyro_vae.build(
         data.as_source(x).event_shape,
@@ -69,8 +74,9 @@ def build(prior, posterior, likelihood, x):
         prior=text[prior],
         posterior=text[posterior],
         likelihood=text[likelihood],
-        network="MLP(hidden=[16])",
+        network="Standardized(net=MLP(hidden=[16])), MLP(hidden=[16])" if table else "MLP(hidden=[16])",
         size=len(x),
+        standardize=(standardized.loc, standardized.scale) if standardized else None,
     )
 
 
@@ -107,6 +113,7 @@ def triples(names):
 
 def result(prior, posterior, likelihood, x, num_steps):
     """One row of the table."""
+    torch.manual_seed(0)
     row = {"prior": prior, "posterior": posterior, "likelihood": likelihood, "reason": ""}
     try:
         program = build(prior, posterior, likelihood, x)
@@ -136,7 +143,7 @@ def main():
         if rows[-1]["result"] == "failed":
             print(*rows[-1].values(), sep=" | ", flush=True)
     with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     counts = {what: sum(row["result"] == what for row in rows) for what in ("trained", "refused", "failed")}
