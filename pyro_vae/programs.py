@@ -155,8 +155,8 @@ def _of_support(module: Any, support: Any) -> str:
         for own in [getattr(getattr(module, name), "support", None)]
         if isinstance(own, property) or (own is not None and same_support(own, support))
     ]
-    own = [name for name in found if not isinstance(getattr(module, name).support, property)]
-    return ", ".join(own + [name for name in found if name not in own])  # those that take another's come last
+    own = [name for name in sorted(found) if not isinstance(getattr(module, name).support, property)]
+    return ", ".join(own + [name for name in sorted(found) if name not in own])  # those that take another's come last
 
 
 def declare_parameters(module: nn.Module) -> None:

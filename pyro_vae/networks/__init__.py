@@ -1,24 +1,19 @@
 """Networks that take any number of leading dimensions, and the maps from their output to parameters."""
 
-from pyro_vae.networks.convolutional import ConvDecoder, ConvEncoder
-from pyro_vae.networks.heads import at_least_float32, flat_output_bias, positive, scale, split_parameters
-from pyro_vae.networks.leading import AnyLeading
-from pyro_vae.networks.mlp import MLP
-from pyro_vae.networks.residual import ResidualMLP, ResNetDecoder, ResNetEncoder
-from pyro_vae.networks.standardized import Standardized
+from pyro_vae.networks import convolutional, heads, leading, mlp, residual, standardized
+from pyro_vae.networks.convolutional import *
+from pyro_vae.networks.heads import *
+from pyro_vae.networks.leading import *
+from pyro_vae.networks.mlp import *
+from pyro_vae.networks.residual import *
+from pyro_vae.networks.standardized import *
 
+# What a file offers is offered here: a new one costs a line in its own file, and nothing else.
 __all__ = [
-    "MLP",
-    "AnyLeading",
-    "ConvDecoder",
-    "ConvEncoder",
-    "ResNetDecoder",
-    "ResNetEncoder",
-    "ResidualMLP",
-    "Standardized",
-    "at_least_float32",
-    "flat_output_bias",
-    "positive",
-    "scale",
-    "split_parameters",
+    *convolutional.__all__,
+    *heads.__all__,
+    *leading.__all__,
+    *mlp.__all__,
+    *residual.__all__,
+    *standardized.__all__,
 ]

@@ -22,7 +22,7 @@ from pyro_vae.networks.layers import (
 from pyro_vae.networks.leading import batched
 from pyro_vae.networks.mlp import MLP
 
-__all__ = ["ConvDecoder", "ConvEncoder", "ImageDecoder", "ImageEncoder", "Upsampling"]
+__all__ = ["ConvDecoder", "ConvEncoder"]
 
 
 class Upsampling(nn.Module):

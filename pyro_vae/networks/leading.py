@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["AnyLeading", "batched", "flat"]
+__all__ = ["AnyLeading"]
 
 
 class AnyLeading(nn.Module):

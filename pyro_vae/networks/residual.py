@@ -22,7 +22,7 @@ from pyro_vae.networks.layers import (
 from pyro_vae.networks.leading import flat
 from pyro_vae.networks.mlp import MLP
 
-__all__ = ["ResNetDecoder", "ResNetEncoder", "Residual", "ResidualMLP"]
+__all__ = ["ResNetDecoder", "ResNetEncoder", "ResidualMLP"]
 
 _BRANCH = 0.1
 """What a block's branch adds at the start, as a share of its input.
