@@ -91,7 +91,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/frey-faces"))
     parser.add_argument("--only", nargs="*", default=list(CONTESTANTS), help="names of contestants")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--latent", type=int, default=20)
     parser.add_argument("--hidden", type=int, nargs="*", default=[300, 300])
