@@ -58,8 +58,9 @@ class Flow(Amortized):
 
     .. math:: z = T(\mu + \sigma \epsilon;\, h), \quad (\mu, \log \sigma^2, h)(x) = f(x)
 
-    The flow is run in the direction in which it is fast: with `MAF` this is the inverse autoregressive flow, with
-    `RealNVP` a coupling flow.
+    The flow is run in the direction in which draws are fast: with `MAF` this is the inverse autoregressive flow, with
+    `RealNVP` a coupling flow. Elsewhere than at its own draws, as under a `VampPrior`, the density of an inverse
+    autoregressive flow takes as many passes as there are dimensions, that of a coupling flow one.
 
     Args:
         net: A network from data to means, log-variances and the context `h`: `2 * latent + context` outputs.
