@@ -1,0 +1,347 @@
+"""Particles of any model and guide, drawn and scored datum by datum: what every estimator is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vae.handlers import in_data_plate
+
+__all__ = ["LogProbabilities", "Particles", "log_probabilities", "log_weights"]
+
+
+class LogProbabilities(NamedTuple):
+    """Log-probabilities of particles z ~ q(z given x), each of shape `(K, B)`, in nats.
+
+    Attributes:
+        prior: log p(z).
+        likelihood: log p(x given z).
+        posterior: log q(z given x).
+    """
+
+    prior: Tensor
+    likelihood: Tensor
+    posterior: Tensor
+
+
+def log_probabilities(model: Callable, guide: Callable, *batch: Any, num_particles: int = 1) -> LogProbabilities:
+    """Draw particles from the guide and give their log-probabilities, datum by datum.
+
+    They are *unscaled*: neither the scale of a subsampled plate nor `handlers.beta` enters. Masks do. Sites outside the
+    plate named "data" belong to no datum: they are left out, and each particle has its own draw of them.
+
+    Args:
+        model: A Pyro model that keeps its local sites in one plate named "data", `dim=-1`.
+        guide: Its guide.
+        *batch: Arguments of both.
+        num_particles: Number `K` of particles, an outer plate at `dim=-2`.
+
+    Raises:
+        ValueError: If no site is in a plate named "data".
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> log_probabilities(vae.model, vae.guide, torch.zeros(5, 8, 8), num_particles=3).prior.shape
+        torch.Size([3, 5])
+    """
+    plate = pyro.plate("particles", num_particles, dim=-2)
+    guide_trace = poutine.trace(plate(guide)).get_trace(*batch)
+    model_trace = poutine.trace(poutine.replay(plate(model), trace=guide_trace)).get_trace(*batch)
+    return LogProbabilities(
+        prior=_sum(local_sites(model_trace, observed=False)).expand(num_particles, -1),
+        likelihood=_sum(local_sites(model_trace, observed=True)).expand(num_particles, -1),
+        posterior=_sum(local_sites(guide_trace, observed=False)).expand(num_particles, -1),
+    )
+
+
+def log_weights(model: Callable, guide: Callable, *batch: Any, num_particles: int = 1) -> Tensor:
+    r"""Importance log-weights of particles, datum by datum.
+
+    .. math:: \log w_{kb} = \log p(x_b, z_{kb}) - \log q(z_{kb} \mid x_b), \quad z_{kb} \sim q(z \mid x_b)
+
+    Args:
+        model: A Pyro model that keeps its local sites in one plate named "data", `dim=-1`.
+        guide: Its guide.
+        *batch: Arguments of both.
+        num_particles: Number `K` of particles.
+
+    Returns:
+        A tensor of shape `(K, B)`, in nats, unscaled (see `log_probabilities`).
+
+    Reference:
+        Burda, Grosse and Salakhutdinov, 2016. Importance weighted autoencoders.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> log_weights(vae.model, vae.guide, torch.zeros(5, 8, 8), num_particles=3).shape
+        torch.Size([3, 5])
+    """
+    log_p = log_probabilities(model, guide, *batch, num_particles=num_particles)
+    return log_p.prior + log_p.likelihood - log_p.posterior
+
+
+def local_sites(trace: Any, observed: bool) -> list[Any]:
+    """The sample sites of a trace in the plate "data", observed or latent; there must be some."""
+    found = [site for site in _sites(trace, observed) if in_data_plate(site)]
+    if not found:
+        kind = "observed" if observed else "latent"
+        raise ValueError(
+            f'expected {kind} sites in a plate named "data" at dim=-1, got sites {list(trace.nodes)[1:-1]}'
+        )
+    return found
+
+
+def _sites(trace: Any, observed: bool) -> Iterator[Any]:
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and site["is_observed"] == observed and not site_is_subsample(site):
+            yield site
+
+
+def log_prob(site: Any, weight: Any = 1.0) -> Tensor:
+    """The log-probability of a site, masked as it is, times a weight."""
+    return scale_and_mask(site["fn"].log_prob(site["value"]), scale=weight, mask=site["mask"])
+
+
+def _sum(sites: list[Any]) -> Tensor:
+    return torch.as_tensor(sum(map(log_prob, sites)))
+
+
+def global_latents(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """One draw from the guide of the latents outside the plate "data", by name."""
+    trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    return {site["name"]: site["value"] for site in _sites(trace, observed=False) if not in_data_plate(site)}
+
+
+class _LocalPlate(pyro.plate):
+    """A plate for local sites alone: a global latent is drawn once, and all particles share it.
+
+    With a draw for each particle, the mean over particles would average the global latent out of the evidence of each
+    datum by itself, and the sum over data would no longer bound the evidence of all.
+    """
+
+    def _process_message(self, msg: Any) -> None:
+        if in_data_plate(msg):  # inner handlers come first, so that the message knows its plates
+            super()._process_message(msg)
+
+
+class _changed(Messenger):
+    """Local latents are sampled as they are, random numbers and all, and then have another value."""
+
+    def __init__(self, change: Callable[[str, Tensor], Tensor]):
+        super().__init__()
+        self.change = change
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg) and in_data_plate(msg):
+            msg["value"] = self.change(msg["name"], msg["value"])
+
+
+def _detached(name: str, value: Tensor) -> Tensor:
+    return value.detach()
+
+
+class random_state:
+    """The state of the random numbers on the devices of some tensors, to be gone back to.
+
+    Args:
+        tensors: The tensors; what else is among them is passed over.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> state = random_state([x])
+        >>> first = torch.randn(())
+        >>> state.restore()
+        >>> bool(torch.randn(()) == first)
+        True
+    """
+
+    def __init__(self, tensors: Iterable[Any]):
+        devices = {t.device for t in tensors if isinstance(t, Tensor) and t.device.type == "cuda"}
+        self.cpu = torch.get_rng_state()
+        self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    def restore(self) -> None:
+        """Go back to the state."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+
+class Particles:
+    """K particles of a guide's latents, scored by the guide and by the model.
+
+    Global latents, outside the plate "data", are drawn once, and all particles share them.
+
+    Args:
+        model: A Pyro model that keeps its local sites in one plate named "data", `dim=-1`.
+        guide: Its guide.
+        args: Positional arguments of both.
+        kwargs: Other arguments of both.
+        num_particles: Number `K` of particles.
+        reparameterized: Whether gradients flow along the paths of the local latents, or stop at their values.
+        shared: Values of the global latents, by name, where they were drawn before.
+
+    Attributes:
+        guide: The guide's trace.
+        model: The model's trace.
+        latents: The guide's local latent sites.
+        scale: What stands outside the logarithm of a mean of weights: N/B of a subsampled plate, and any scale that is
+            set around model and guide. A number, or one a datum.
+
+    Raises:
+        ValueError: If latents of model and guide differ, none is in a plate named "data", or one that must be
+            reparameterized is not.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> Particles(vae.model, vae.guide, (torch.zeros(5, 8, 8),), {}, 3).log_weights().shape
+        torch.Size([3, 5])
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        num_particles: int,
+        *,
+        reparameterized: bool = True,
+        shared: Mapping[str, Tensor] | None = None,
+    ):
+        plate = _LocalPlate("particles", num_particles, dim=-2)
+        self._random_state = random_state(args)
+        self._run_guide = lambda: poutine.trace(_given(plate(guide), shared or {})).get_trace(*args, **kwargs)
+        self.num_particles, self.reparameterized = num_particles, reparameterized
+        with nullcontext() if reparameterized else _changed(_detached):
+            self.guide = self._run_guide()
+        self.latents = local_sites(self.guide, observed=False)
+        self._check_reparameterized()
+        # Where a latent of the guide may depend on another, what is scored is told apart from what it depends on.
+        self._dependent = reparameterized and len(self.latents) > 1
+        if self._dependent:
+            for site in self.latents:
+                site["value"] = site["value"].view_as(site["value"])
+        self.model = poutine.trace(poutine.replay(plate(model), trace=self.guide)).get_trace(*args, **kwargs)
+        self._check_latents()
+        self.scale = self._outer_scale()
+
+    @cached_property
+    def log_joint(self) -> Tensor:
+        """Log p(x, z) of shape `(K, B)`, under `beta` with its weights."""
+        sites = [*local_sites(self.model, observed=False), *local_sites(self.model, observed=True)]
+        return self._sum(sites)
+
+    @cached_property
+    def log_posterior(self) -> Tensor:
+        """Log q(z given x) of shape `(K, B)`, under `beta` with its weights."""
+        return self._sum(self.latents)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Log p(x, z) - log q(z given x) of shape `(K, B)`."""
+        return self.log_joint - self.log_posterior
+
+    @cached_property
+    def fixed(self) -> list[Any]:
+        """The guide's local latents at fixed values: their densities have no gradient but that of the guide's parameters."""
+        if not self.reparameterized:
+            return self.latents
+        if not self._dependent:
+            return [site | {"value": site["value"].detach()} for site in self.latents]
+        return self._again(_detached)
+
+    def log_posterior_at_fixed(self, weighted: bool) -> Tensor:
+        """Log q(z given x) at fixed z, with or without the weights of `beta`."""
+        return self._sum(self.fixed, weighted)
+
+    def log_posterior_along_path(self) -> Tensor:
+        """Log q(z given x), depending on the very values that the model sees (and not on those behind them)."""
+        if not self._dependent:
+            return self.log_posterior
+        values = {site["name"]: site["value"] for site in self.latents}
+        return self._sum(self._again(lambda name, _: values[name]))
+
+    def scale_path(self, factor: Tensor) -> None:
+        """Multiply the gradient along each particle's path by `factor`, of shape `(K, B)`."""
+        for site in self.latents:
+            value = site["value"]
+            if value.requires_grad:
+                value.register_hook(lambda grad: grad * factor.reshape(factor.shape + (1,) * (grad.ndim - 2)))
+
+    def log_global(self) -> Tensor | float:
+        """Log p - log q of the global latents, with their scales."""
+        signed = [(self.model, 1.0), (self.guide, -1.0)]
+        return sum(
+            sign * log_prob(site, weight=site["scale"]).sum()
+            for trace, sign in signed
+            for site in _sites(trace, observed=False)
+            if not in_data_plate(site)
+        )
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether latents weigh otherwise than the data do, under `beta` for example."""
+        sites = [*self.latents, *local_sites(self.model, observed=False)]
+        return not all(_equal(site["scale"], self.scale) for site in sites)
+
+    def _sum(self, sites: Iterable[Any], weighted: bool = True) -> Tensor:
+        total = sum(log_prob(site, site["scale"] / self.scale if weighted else 1.0) for site in sites)
+        return torch.as_tensor(total).expand(self.num_particles, -1)
+
+    def _again(self, change: Callable[[str, Tensor], Tensor]) -> list[Any]:
+        """The local latents of the guide, run again on the same random numbers, with other values behind each."""
+        now = random_state([site["value"] for site in self.latents])
+        self._random_state.restore()
+        with _changed(change):
+            sites = local_sites(self._run_guide(), observed=False)
+        now.restore()
+        return sites
+
+    def _outer_scale(self) -> Any:
+        scales = [site["scale"] for site in local_sites(self.model, observed=True)]
+        if all(_equal(scale, scales[0]) for scale in scales) and not _equal(scales[0], 0.0):
+            return scales[0]
+        frame = next(frame for frame in self.latents[0]["cond_indep_stack"] if frame.name == "data")
+        return frame.full_size / frame.size
+
+    def _check_reparameterized(self) -> None:
+        for site in _sites(self.guide, observed=False):
+            if (self.reparameterized or not in_data_plate(site)) and not site["fn"].has_rsample:
+                instead = "VIMCO, Reinforce or ReweightedWakeSleep" if in_data_plate(site) else "Trace_ELBO"
+                raise ValueError(
+                    f"expected a guide whose draws are differentiable, got {type(site['fn']).__name__} at site "
+                    f"{site['name']!r}; use {instead}"
+                )
+
+    def _check_latents(self) -> None:
+        model, guide = ({site["name"] for site in _sites(t, observed=False)} for t in (self.model, self.guide))
+        if model != guide:
+            raise ValueError(f"expected a guide with the model's latents {sorted(model)}, got {sorted(guide)}")
+
+
+def _given(guide: Callable, shared: Mapping[str, Tensor]) -> Callable:
+    """The guide with values for its global latents."""
+    trace = poutine.Trace()
+    for name, value in shared.items():
+        trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
+    return poutine.replay(guide, trace=trace)
+
+
+def _equal(scale: Any, other: Any) -> bool:
+    if isinstance(scale, Tensor) or isinstance(other, Tensor):
+        return scale is other or bool((torch.as_tensor(scale) == torch.as_tensor(other, device=scale.device)).all())
+    return scale == other
