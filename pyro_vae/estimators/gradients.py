@@ -1,4 +1,4 @@
-"""How a bound and its gradient are made of particles: every importance-weighted estimator is a value and four weights."""
+"""How a bound and its gradient are made of particles: each estimator is a value and four weights of particles."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae.estimators.particles import Particles, global_latents, random_state
+from pyro_vae.estimators.particles import Particles, random_state, shared_draws
 
 __all__ = ["Estimator", "WeightedEstimator", "Weights"]
 
@@ -42,7 +43,7 @@ class Weights(NamedTuple):
     def rows(self, part: slice) -> Weights:
         """The weights of some particles."""
         cut = {id(weights): weights[part] for weights in self if weights is not None}  # what was one stays one
-        return Weights(*(None if weights is None else cut[id(weights)] for weights in self))
+        return Weights._make(cut.get(id(weights)) for weights in self)
 
 
 class Estimator(ELBO):
@@ -113,12 +114,15 @@ class WeightedEstimator(Estimator):
         """Minus the bound on the log evidence of all data, a scalar tensor with the estimator's gradient, in nats."""
         draw = partial(self._draw, model, guide, args, kwargs)
         if self.chunk is not None and self.chunk < self.num_particles:
-            return -self._in_chunks(draw, global_latents(guide, args, kwargs), random_state(args))
+            return -self._in_chunks(self.chunk, draw, shared_draws(guide, args, kwargs), random_state(args))
         particles = draw(self.num_particles)
         bound, weights = self.weigh(particles.log_weights.detach())
-        return -_with_gradient(_value(particles, bound), _gradient(particles, weights))
+        value = _value(particles, bound)
+        return -_with_gradient(value, _gradient(particles, weights)) if torch.is_grad_enabled() else -value
 
-    def _draw(self, model: Callable, guide: Callable, args: Any, kwargs: Any, num_particles: int, **shared: Any) -> Particles:
+    def _draw(
+        self, model: Callable, guide: Callable, args: Any, kwargs: Any, num_particles: int, **shared: Any
+    ) -> Particles:
         particles = Particles(model, guide, args, kwargs, num_particles, reparameterized=self.reparameterized, **shared)
         if self.importance_weighted and particles.is_weighted:
             warnings.warn(
@@ -128,9 +132,11 @@ class WeightedEstimator(Estimator):
             )
         return particles
 
-    def _in_chunks(self, draw: Callable[..., Particles], shared: dict[str, Tensor], state: random_state) -> Tensor:
-        """The bound in two passes: one for the log-weights of all, and one, on the same random numbers, for gradients."""
-        chunks = [min(self.chunk, self.num_particles - first) for first in range(0, self.num_particles, self.chunk)]
+    def _in_chunks(
+        self, chunk: int, draw: Callable[..., Particles], shared: dict[str, Tensor], state: random_state
+    ) -> Tensor:
+        """The bound in two passes: one for all log-weights, and one, on the same random numbers, for gradients."""
+        chunks = [min(chunk, self.num_particles - first) for first in range(0, self.num_particles, chunk)]
         leaves = {name: value.detach().requires_grad_(value.requires_grad) for name, value in shared.items()}
         with torch.no_grad():
             log_weights = torch.cat([(particles := draw(size, shared=leaves)).log_weights for size in chunks])
@@ -154,7 +160,7 @@ def _value(particles: Particles, bound: Tensor) -> Tensor:
 
 
 def _with_gradient(value: Tensor, gradient: Any) -> Tensor:
-    return value.detach() + (gradient - gradient.detach()) if isinstance(gradient, Tensor) else value
+    return value.detach() + (gradient - gradient.detach())
 
 
 def _gradient(particles: Particles, weights: Weights, with_global: bool = True) -> Tensor:
@@ -198,3 +204,18 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
             waiting.extend(before for before, _ in node.next_functions)
             if hasattr(node, "variable"):
                 yield node.variable
+
+
+def loss_to_differentiate(estimator: Any, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    """The loss of any ELBO of Pyro, one way for all: a scalar tensor to differentiate.
+
+    Of an estimator that calls backward itself, it has no graph, and the parameters have their gradients already.
+    """
+    # An estimator is used by what its own class defines, and not by what that may have inherited beside it.
+    ways = {"differentiable_loss", "loss_and_grads"}
+    if "differentiable_loss" in next(vars(cls) for cls in type(estimator).__mro__ if ways & vars(cls).keys()):
+        return estimator.differentiable_loss(model, guide, *args, **kwargs)
+    with poutine.trace(param_only=True):  # where param sites are not collected, such estimators leave backward out
+        loss = estimator.loss_and_grads(model, guide, *args, **kwargs)
+    loss = sum(loss) if isinstance(loss, tuple) else loss
+    return loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)

@@ -118,10 +118,11 @@ def _sum(sites: list[Any]) -> Tensor:
     return torch.as_tensor(sum(map(log_prob, sites)))
 
 
-def global_latents(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """One draw from the guide of the latents outside the plate "data", by name."""
+def shared_draws(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """One draw from the guide of what all particles share, by name: all but the local latents."""
     trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    return {site["name"]: site["value"] for site in _sites(trace, observed=False) if not in_data_plate(site)}
+    local = {site["name"] for site in local_sites(trace, observed=False)}
+    return {name: value for name, value in _values(trace).items() if name not in local}
 
 
 class _LocalPlate(pyro.plate):
@@ -191,7 +192,7 @@ class Particles:
         kwargs: Other arguments of both.
         num_particles: Number `K` of particles.
         reparameterized: Whether gradients flow along the paths of the local latents, or stop at their values.
-        shared: Values of the global latents, by name, where they were drawn before.
+        shared: Values of the global latents (and of a plate's subsample), by name, where they were drawn before.
 
     Attributes:
         guide: The guide's trace.
@@ -207,7 +208,7 @@ class Particles:
     Example:
         >>> import pyro_vae
         >>> vae = pyro_vae.build((8, 8), latent=2)
-        >>> Particles(vae.model, vae.guide, (torch.zeros(5, 8, 8),), {}, 3).log_weights().shape
+        >>> Particles(vae.model, vae.guide, (torch.zeros(5, 8, 8),), {}, 3).log_weights.shape
         torch.Size([3, 5])
     """
 
@@ -230,12 +231,10 @@ class Particles:
             self.guide = self._run_guide()
         self.latents = local_sites(self.guide, observed=False)
         self._check_reparameterized()
-        # Where a latent of the guide may depend on another, what is scored is told apart from what it depends on.
-        self._dependent = reparameterized and len(self.latents) > 1
-        if self._dependent:
-            for site in self.latents:
-                site["value"] = site["value"].view_as(site["value"])
-        self.model = poutine.trace(poutine.replay(plate(model), trace=self.guide)).get_trace(*args, **kwargs)
+        # What is scored is told apart from what later latents depend on, and from what a flow remembers of its draw.
+        self._scored = {site["name"]: site["value"].view_as(site["value"]) for site in self.latents}
+        values = _values(self.guide) | self._scored
+        self.model = poutine.trace(_given(plate(model), values)).get_trace(*args, **kwargs)
         self._check_latents()
         self.scale = self._outer_scale()
 
@@ -257,12 +256,12 @@ class Particles:
 
     @cached_property
     def fixed(self) -> list[Any]:
-        """The guide's local latents at fixed values: their densities have no gradient but that of the guide's parameters."""
+        """The guide's local latents at fixed values: their densities have the gradient of its parameters alone."""
         if not self.reparameterized:
             return self.latents
-        if not self._dependent:
+        if len(self.latents) == 1:
             return [site | {"value": site["value"].detach()} for site in self.latents]
-        return self._again(_detached)
+        return self._again(_detached)  # as one latent may depend on another
 
     def log_posterior_at_fixed(self, weighted: bool) -> Tensor:
         """Log q(z given x) at fixed z, with or without the weights of `beta`."""
@@ -270,15 +269,13 @@ class Particles:
 
     def log_posterior_along_path(self) -> Tensor:
         """Log q(z given x), depending on the very values that the model sees (and not on those behind them)."""
-        if not self._dependent:
-            return self.log_posterior
-        values = {site["name"]: site["value"] for site in self.latents}
-        return self._sum(self._again(lambda name, _: values[name]))
+        if len(self.latents) == 1:
+            return self._sum(site | {"value": self._scored[site["name"]]} for site in self.latents)
+        return self._sum(self._again(lambda name, _: self._scored[name]))
 
     def scale_path(self, factor: Tensor) -> None:
         """Multiply the gradient along each particle's path by `factor`, of shape `(K, B)`."""
-        for site in self.latents:
-            value = site["value"]
+        for value in self._scored.values():
             if value.requires_grad:
                 value.register_hook(lambda grad: grad * factor.reshape(factor.shape + (1,) * (grad.ndim - 2)))
 
@@ -333,12 +330,18 @@ class Particles:
             raise ValueError(f"expected a guide with the model's latents {sorted(model)}, got {sorted(guide)}")
 
 
-def _given(guide: Callable, shared: Mapping[str, Tensor]) -> Callable:
-    """The guide with values for its global latents."""
-    trace = poutine.Trace()
-    for name, value in shared.items():
+def _values(trace: Any) -> dict[str, Tensor]:
+    """What a trace drew, by name: latents, and which data a plate has drawn."""
+    sites = trace.nodes.values()
+    return {site["name"]: site["value"] for site in sites if site["type"] == "sample" and not site["is_observed"]}
+
+
+def _given(program: Callable, values: Mapping[str, Tensor]) -> Callable:
+    """A model or guide with values for some of what it draws."""
+    trace: Any = poutine.Trace()
+    for name, value in values.items():
         trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
-    return poutine.replay(guide, trace=trace)
+    return poutine.replay(program, trace=trace)
 
 
 def _equal(scale: Any, other: Any) -> bool:
