@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae.estimators.gradients import WeightedEstimator, Weights
 
-__all__ = ["CIWAE", "IWAE", "MIWAE", "PIWAE", "Bound", "DReG", "Renyi", "StickingTheLanding"]
+__all__ = ["CIWAE", "IWAE", "MIWAE", "PIWAE", "Bound", "DReG", "Renyi", "StickingTheLanding", "log_mean_exp"]
 
 
 class Bound(WeightedEstimator):
