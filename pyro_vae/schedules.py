@@ -1,12 +1,13 @@
-"""Schedules: functions of training progress in [0, 1]."""
+"""Schedules: functions of training progress in [0, 1], and a controller that looks at the rate instead."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-__all__ = ["Constant", "Cosine", "Cyclical", "Linear", "Schedule", "Sigmoid"]
+__all__ = ["Constant", "ControlVAE", "Cosine", "Cyclical", "Linear", "Schedule", "Sigmoid"]
 
 
 class Schedule(ABC):
@@ -185,3 +186,83 @@ class Cyclical(Schedule):
         position = progress * self.cycles
         cycle = min(math.floor(position), self.cycles - 1)  # the run's end belongs to its last cycle
         return Linear(self.fraction, self.start, self.end)(position - cycle)
+
+
+@dataclass
+class ControlVAE(Schedule):
+    r"""A feedback controller: it steers the rate to a set point, and beta is what that takes.
+
+    .. math:: \beta_t = \min\Big(\max\Big(\frac{K_p}{1 + \exp(e_t)} - K_i \sum_{s \le t} e_s + l,\; l\Big),\; h\Big),
+              \quad e_t = R^* - R_t
+
+    A rate above the set point raises beta, and one below lowers it. The sum takes beta to a bound and no further
+    (anti-windup), so that beta leaves the bound as soon as the rate crosses the set point. The paper stops the sum
+    while beta is out of bounds instead, from where it may never come back.
+
+    `fit` calls `update` with the rate of each batch. It works on a copy, so that one controller serves many runs.
+
+    Args:
+        rate: The set point `R^*`, in nats per datum.
+        proportional: The gain `K_p`.
+        integral: The gain `K_i`, per step and nat. Beta takes about `1 / (K_i |e|)` steps to change by 1: raise it for
+            runs of a few hundred steps, and lower it for long ones (the paper's is 1e-4).
+        low: The lowest beta `l`, at which it starts; 1 for disentangling.
+        high: The highest beta `h`. It takes more than 1 to keep the rate below what the ELBO would choose.
+
+    Raises:
+        ValueError: If `rate` or `integral` is not positive, `proportional` is negative, or not 0 <= `low` < `high`.
+
+    Reference:
+        Shao et al., 2020. ControlVAE: controllable variational autoencoder.
+
+    Example:
+        >>> controller = ControlVAE(rate=20.0, integral=0.01)
+        >>> for rate in (35.0, 30.0, 25.0):
+        ...     controller.update(rate)
+        >>> round(controller(0.5), 6)
+        0.309933
+    """
+
+    rate: float
+    proportional: float = 0.01
+    integral: float = 1e-3
+    low: float = 0.0
+    high: float = 10.0
+    _sum: float = field(default=0.0, init=False, repr=False)  # - K_i times the sum of the errors
+    _beta: float = field(default=0.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not (0 < self.rate < math.inf and self.integral > 0 and self.proportional >= 0):
+            raise ValueError(
+                f"ControlVAE: expected rate > 0, integral > 0 and proportional >= 0, "
+                f"got rate={self.rate}, integral={self.integral}, proportional={self.proportional}"
+            )
+        if not 0 <= self.low < self.high:
+            raise ValueError(f"ControlVAE: expected 0 <= low < high, got low={self.low}, high={self.high}")
+        self._beta = self.low
+
+    def __call__(self, progress: float) -> float:
+        """The beta that the rates so far have led to, whatever the progress."""
+        return self._beta
+
+    def update(self, rate: float) -> None:
+        """Take the rate of a step into account, in nats per datum.
+
+        Raises:
+            ValueError: If the rate is not finite.
+        """
+        if not math.isfinite(rate):
+            raise ValueError(f"ControlVAE: expected a finite rate, got {rate} (enumerated latents have none)")
+        error = self.rate - rate
+        proportional = self.proportional * (1 - math.tanh(error / 2)) / 2  # the logistic, which cannot overflow
+        base = self.low + proportional
+        self._beta = min(max(base + self._sum - self.integral * error, self.low), self.high)
+        self._sum = self._beta - base
+
+    def state_dict(self) -> dict[str, float]:
+        """What it remembers, as plain numbers."""
+        return {"sum": self._sum, "beta": self._beta}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from where `state_dict` was taken."""
+        self._sum, self._beta = state["sum"], state["beta"]

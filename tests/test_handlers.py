@@ -1,4 +1,7 @@
-"""beta scales latents and nothing else; record sees what the estimators compute."""
+"""beta scales latents and nothing else, weigh the sites it names; record sees what the estimators compute."""
+
+import gc
+import weakref
 
 import pyro
 import pyro.distributions as dist
@@ -6,9 +9,18 @@ import pytest
 import torch
 from oracles import LinearGaussian, Mixture, TwoLatents
 from pyro import poutine
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer import (
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
 
-from pyro_vae.handlers import beta, record
+from pyro_vae import estimators
+from pyro_vae.handlers import beta, record, weigh
 
 ESTIMATORS = {
     "Trace_ELBO": Trace_ELBO(),
@@ -76,6 +88,59 @@ def test_beta_leaves_conditioned_sites_alone_and_refuses_negative_values():
     assert trace.nodes["z"]["scale"] == 1
     with pytest.raises(ValueError, match="at least 0"):
         beta(-0.1)
+
+
+@pytest.mark.parametrize("estimator", [Trace_ELBO(), TraceGraph_ELBO()], ids=lambda e: type(e).__name__)
+def test_each_site_has_the_weight_of_its_name(estimator):
+    program, x = TwoLatents().double(), torch.rand(6, 64, dtype=torch.float64).round()
+    weights = {"z1": 0.0, "z2": torch.tensor(0.3), "x": 2.0}
+    torch.manual_seed(0)
+    with weigh(weights):
+        loss = estimator.loss(program.model, program.guide, x)
+    torch.manual_seed(0)
+    guide = poutine.trace(program.guide).get_trace(x)
+    model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(x)
+    total = sum(
+        sign * float(weights[name]) * site["fn"].log_prob(site["value"]).sum().item()
+        for sign, trace in ((-1, model), (1, guide))
+        for name, site in trace.nodes.items()
+        if name in weights
+    )
+    assert loss == pytest.approx(total, rel=1e-12)
+
+
+def test_weights_nest_with_beta_scale_and_plates():
+    def model():
+        with pyro.plate("data", 100, subsample_size=10), poutine.scale(scale=2.0):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(10))
+
+    with weigh({"z": 0.5}), beta(0.1), weigh({"z": 3.0, "x": 7.0}):
+        trace = poutine.trace(model).get_trace()
+    assert trace.nodes["z"]["scale"] == pytest.approx(0.5 * 0.1 * 3 * 2 * 10)
+    assert trace.nodes["x"]["scale"] == pytest.approx(7 * 2 * 10)
+
+
+def _failing(model, x):
+    model(x)
+    raise ValueError("this one first")
+
+
+def test_weights_of_no_site_are_warned_of_and_negative_ones_refused(problem):
+    program, x = problem
+    with (
+        pytest.warns(UserWarning, match="names among the sites z, x, got data, z1") as caught,
+        weigh({"z1": 1, "data": 1}),
+    ):
+        Trace_ELBO().loss(program.model, program.guide, x)
+    assert caught[0].filename == __file__
+    with weigh({"z": 2.0, "x": 2.0}):
+        Trace_ELBO().loss(program.model, program.guide, x)
+    weigh({"x": 2.0})(program.guide)(x)  # which does not have it, as no guide has
+    with pytest.raises(ValueError, match="this one first"), weigh({"z1": 1}):
+        _failing(program.model, x)
+    with pytest.raises(ValueError, match=r"weigh, site 'x': expected a value of at least 0, got -0.1"):
+        weigh({"z": 1.0, "x": -0.1})
 
 
 @pytest.mark.parametrize("value", [1.0, 0.3])
@@ -198,3 +263,78 @@ def test_nothing_is_claimed_of_enumerated_latents(how):
         TraceEnum_ELBO(max_plate_nesting=1).loss(recorded.model(program.model), guide, x)
     assert recorded.rate.isnan().all()
     assert recorded.distortion.isnan().all()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_dreams_do_not_count(ours):
+    """The guide is exact: rate and distortion of any particle add up to minus the log-evidence, but not those of dreams."""
+
+    def guide(x, observations=None):
+        program.guide(x)
+
+    program, x = LinearGaussian(), torch.randn(4, 3, dtype=torch.float64)
+    if ours:
+        estimator = estimators.ReweightedWakeSleep(2, insomnia=0.5)
+    else:
+        estimator = ReweightedWakeSleep(num_particles=2, insomnia=0.5, vectorize_particles=True, max_plate_nesting=1)
+    with record() as recorded:
+        model = recorded.model(lambda x, observations=None: program.model(x))
+        estimator.loss_and_grads(model, recorded.guide(guide), x)
+    torch.testing.assert_close(recorded.rate + recorded.distortion, -program.evidence(x))
+
+
+def test_a_guide_that_no_model_follows_is_no_particle(problem):
+    """An estimator may run the guide to look for global latents, and once more for its gradient."""
+    program, x = problem
+    with record() as recorded:
+        recorded.guide(program.guide)(x)
+        loss = Trace_ELBO(num_particles=2).loss(recorded.model(program.model), recorded.guide(program.guide), x)
+        recorded.guide(program.guide)(x)
+    assert loss == pytest.approx((recorded.rate + recorded.distortion).sum().item(), rel=1e-12)
+
+
+def test_what_the_particles_of_a_run_share_weighs_as_many_times():
+    def model(x, shift, size):
+        with pyro.plate("particles", size, dim=-2), pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(shift, 1.0), obs=x)
+
+    x = torch.zeros(3, dtype=torch.float64)
+    shifts = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    with record() as recorded:
+        for shift, size in zip(shifts, (4, 4, 2), strict=True):
+            recorded.model(model)(x, shift, size)
+    normal = dist.Normal(shifts, 1.0).log_prob(torch.zeros(()))
+    expected = -(4 * normal[0] + 4 * normal[1] + 2 * normal[2]) / 10
+    torch.testing.assert_close(recorded.distortion, expected.expand(3), rtol=1e-12, atol=0)
+
+
+def test_record_forgets_when_it_is_entered_again(problem):
+    program, x = problem
+    recorded = record()
+    for data in (x, x + 1.0):
+        with recorded:
+            loss = Trace_ELBO().loss(recorded.model(program.model), recorded.guide(program.guide), data)
+        assert loss == pytest.approx((recorded.rate + recorded.distortion).sum().item(), rel=1e-12)
+
+
+def test_record_keeps_neither_distributions_nor_graphs():
+    """What a decoder gives for every particle, and all that was computed on the way, is free once the loss is."""
+    kept = []
+
+    class Watched(TwoLatents):
+        def model(self, x):
+            hook = self.down.register_forward_hook(lambda module, inputs, output: kept.append(weakref.ref(output)))
+            super().model(x)
+            hook.remove()
+
+    program = Watched()
+    with record() as recorded:
+        Trace_ELBO().loss_and_grads(recorded.model(program.model), recorded.guide(program.guide), torch.ones(6, 64))
+    pyro.clear_param_store()
+    gc.collect()
+    assert len(kept) == 1
+    assert kept[0]() is None
+    assert recorded.rate.shape == (6,)
+    assert not any(tensor.requires_grad for site in recorded._sites for tensor in (site.value, site.log_prob))

@@ -7,6 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from pyro_vae.estimators.particles import Particles, random_state, shared_draws
 
 __all__ = ["Estimator", "WeightedEstimator", "Weights"]
+
+TINY = 1e-25  # of weights that sum to one
 
 
 class Weights(NamedTuple):
@@ -40,10 +43,10 @@ class Weights(NamedTuple):
     score: Tensor | None = None
     reinforce: Tensor | None = None
 
-    def rows(self, part: slice) -> Weights:
-        """The weights of some particles."""
-        cut = {id(weights): weights[part] for weights in self if weights is not None}  # what was one stays one
-        return Weights._make(cut.get(id(weights)) for weights in self)
+    def map(self, function: Callable[[Tensor], Tensor]) -> Weights:
+        """A function of each; of those that were one tensor, it is one again."""
+        changed = {id(weights): function(weights) for weights in self if weights is not None}
+        return Weights._make(changed.get(id(weights)) for weights in self)
 
 
 class Estimator(ELBO):
@@ -148,7 +151,7 @@ class WeightedEstimator(Estimator):
         found: dict[Tensor, Tensor] = {}
         for last, size in zip(itertools.accumulate(chunks), chunks, strict=True):
             particles = draw(size, shared=leaves)
-            gradient = _gradient(particles, weights.rows(slice(last - size, last)), with_global=last == size)
+            gradient = _gradient(particles, weights.map(itemgetter(slice(last - size, last))), with_global=last == size)
             _accumulate(found, gradient)
         behind = {leaves[name]: value for name, value in shared.items()}  # the guide that global latents come from
         return _with_gradient(value, sum((behind.get(leaf, leaf) * grad).sum() for leaf, grad in found.items()))
@@ -165,7 +168,8 @@ def _with_gradient(value: Tensor, gradient: Any) -> Tensor:
 
 def _gradient(particles: Particles, weights: Weights, with_global: bool = True) -> Tensor:
     """A scalar whose gradient is that of the given weights; its value means nothing."""
-    model, path, score, reinforce = weights
+    # Processors take many times as long for numbers near the smallest, and such weights do not count beside the others.
+    model, path, score, reinforce = weights.map(lambda weights: weights.where(weights.abs() > TINY, 0.0))
     if path is None:
         total = model * particles.log_joint
         if score is not None:
@@ -174,7 +178,7 @@ def _gradient(particles: Particles, weights: Weights, with_global: bool = True) 
         log_posterior = particles.log_posterior
         if path is not model:
             # Gradients come to z times the weights of the model. What the floor adds to these is far below rounding.
-            model = model.clamp(min=1e-25)
+            model = model.clamp(min=TINY)
             particles.scale_path(path / model)
             log_posterior = particles.log_posterior_along_path()
         total = model * (particles.log_joint - log_posterior)

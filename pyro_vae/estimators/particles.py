@@ -111,7 +111,9 @@ def _sites(trace: Any, observed: bool) -> Iterator[Any]:
 
 def log_prob(site: Any, weight: Any = 1.0) -> Tensor:
     """The log-probability of a site, masked as it is, times a weight."""
-    return scale_and_mask(site["fn"].log_prob(site["value"]), scale=weight, mask=site["mask"])
+    unscaled = site.get("unscaled_log_prob")  # `handlers.record` has computed that of the data
+    unscaled = site["fn"].log_prob(site["value"]) if unscaled is None else unscaled
+    return scale_and_mask(unscaled, scale=weight, mask=site["mask"])
 
 
 def _sum(sites: list[Any]) -> Tensor:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO
 
 from pyro_vae import evaluation, expressions, runs
 from pyro_vae.data import as_source
 from pyro_vae.programs import Program, undisturbed
 from pyro_vae.training.history import History
-from pyro_vae.training.steps import Training
+from pyro_vae.training.options import Options
+from pyro_vae.training.steps import Step, Training
 from pyro_vae.training.terminal import interruptible, progress_bar
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def fit(
             as labels, is left out.
         valid: Data for a validation ELBO after each epoch.
         estimator: Any `pyro.infer.ELBO` (default `Trace_ELBO()`).
-        anneal: Beta as a function of progress in [0, 1], such as `schedules.Linear(0.1)` (default 1).
+        anneal: Beta as a function of progress in [0, 1], such as `schedules.Linear(0.1)` (default 1); or a controller,
+            such as `schedules.ControlVAE(20.0)`, whose `update` is called with the rate after each step, and whose
+            `state_dict` and `load_state_dict` a checkpoint needs. A run works on a copy of it.
         epochs: Passes over the data.
         batch_size: Data in a step.
         lr: Learning rate; the highest one of a schedule.
@@ -111,75 +114,80 @@ def fit(
         >>> fitted.history.step.tolist()
         [2, 4]
     """
+    given = locals()
     folder = None if out is None else Path(out)
     if folder is not None:
         runs.check_free(folder, resume, overwrite)
     elif resume:
         raise ValueError("resume: expected a run directory out=, got None")
-    source, warn = as_source(data), folder is not None and not resume
-    config = {
-        **_data_config(source),
-        "program": _written(program, "program", warn),
-        "estimator": _written(estimator or Trace_ELBO(), "estimator", warn),
-        "anneal": _written(anneal, "anneal", warn),
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": float(lr),
-        "optimizer": _written(optimizer, "optimizer", warn),
-        "lr_schedule": lr_schedule if isinstance(lr_schedule, str) else _written(lr_schedule, "lr_schedule", warn),
-        "device": device,
-        "precision": precision,
-        "seed": seed,
-        "start_at_mean": start_at_mean,
-    }
-    training = Training(
-        program,
-        source,
-        estimator=estimator,
-        anneal=anneal,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        optimizer=optimizer,
-        lr_schedule=lr_schedule,
-        device=device,
-        precision=precision,
-        seed=seed,
-        start_at_mean=start_at_mean,
-    )
-    history = History()
-    if folder is not None:
-        if resume:
-            tensors, meta = runs.read_checkpoint(folder / runs.CHECKPOINT)
-            training.restore(tensors, meta, folder / runs.CHECKPOINT)
-            history.restore(meta)
-        config["recorded"] = {"event_shape": _event_shape(training), **runs.versions()}
+    source = as_source(data)
+    training = Training(program, source, **{field.name: given[field.name] for field in dataclasses.fields(Options)})
+    run = _Run(training, folder, {} if folder is None else _config(training, source, warn=not resume), resume)
     if valid is not None:
         evaluation.checked_batches(program, valid, 1)
-    written = False
     with progress_bar(training, progress) as show, interruptible() as interrupted:
         for step in training:
-            history.add(step)
+            run.take(step)
             show(step)
-            if folder is not None and not written:  # not before a step has shown that the run works
-                if not resume:
-                    runs.clear(folder)
-                runs.write_config(folder, config)
-                _save(folder, training, history)
-                written = True
             if training.step % len(training.batches) == 0:
-                history.close_epoch(None if valid is None else evaluation.elbo(program, valid).mean().item())
-                if folder is not None:
-                    _save(folder, training, history)
+                run.history.close_epoch(None if valid is None else evaluation.elbo(program, valid).mean().item())
+                run.save()
             if interrupted():
-                if folder is not None:
-                    _save(folder, training, history)
+                run.save()
                 raise KeyboardInterrupt
-    training.check_finite()
-    program.eval()
-    if folder is not None:
-        runs.write_checkpoint(folder / runs.MODEL, runs.weights(program))
-    return Fitted(program, history.frame(), folder)
+    run.finish()
+    return Fitted(program, run.history.frame(), folder)
+
+
+class _Run:
+    """A training and its history, and the directory that both are written to, unless there is none."""
+
+    def __init__(self, training: Training, folder: Path | None, config: dict[str, Any], resume: bool):
+        self.training, self.folder, self.config, self.resume = training, folder, config, resume
+        self.history = History()
+        self.started = False
+        if folder is not None and resume:
+            tensors, meta = runs.read_checkpoint(folder / runs.CHECKPOINT)
+            training.restore(tensors, meta, folder / runs.CHECKPOINT)
+            self.history.restore(meta)
+
+    def take(self, step: Step) -> None:
+        """Take a step into account. The first one shows that the run works; not before does it replace another."""
+        self.history.add(step)
+        if not self.started and self.folder is not None:
+            if not self.resume:
+                runs.clear(self.folder)
+            runs.write_config(self.folder, self.config)
+            self.save()
+        self.started = True
+
+    def save(self) -> None:
+        """Write the checkpoint and the history."""
+        if self.folder is None:
+            return
+        tensors, meta = self.training.state()
+        runs.write_checkpoint(self.folder / runs.CHECKPOINT, tensors, meta | self.history.meta())
+        with runs.replacing(self.folder / runs.HISTORY) as temporary:
+            self.history.frame().to_csv(temporary, index=False)
+
+    def finish(self) -> None:
+        """Write the weights, of a program that is ready for use."""
+        self.training.check_finite()
+        self.training.program.eval()
+        if self.folder is not None:
+            runs.write_checkpoint(self.folder / runs.MODEL, runs.weights(self.training.program))
+
+
+def _config(training: Training, source: Any, warn: bool) -> dict[str, Any]:
+    """What `config.yaml` says of a run."""
+    config = dict(getattr(source, "source", None) or {"data": None})
+    config["program"] = _written(training.program, "program", warn)
+    for name, value in vars(training.options).items():
+        named = name in ("estimator", "anneal", "optimizer", "lr_schedule") and not isinstance(value, str)
+        config[name] = _written(value, name, warn) if named else value
+    with undisturbed(training.program):
+        event_shape = list(next(training.batches.epoch(0))[0].shape[1:])
+    return config | {"recorded": {"event_shape": event_shape, **runs.versions()}}
 
 
 def _written(value: Any, slot: str, warn: bool) -> str | None:
@@ -191,22 +199,6 @@ def _written(value: Any, slot: str, warn: bool) -> str | None:
     except (ValueError, TypeError) as error:
         if warn:
             warnings.warn(
-                f"{runs.CONFIG} cannot name the {slot} ({error}), and cannot repeat the run alone", stacklevel=3
+                f"{runs.CONFIG} cannot name the {slot} ({error}), and cannot repeat the run alone", stacklevel=4
             )
         return f"({error})"
-
-
-def _data_config(source: Any) -> dict[str, Any]:
-    return dict(getattr(source, "source", None) or {"data": None})
-
-
-def _event_shape(training: Training) -> list[int]:
-    with undisturbed(training.program):
-        return list(next(training.batches.epoch(0))[0].shape[1:])
-
-
-def _save(folder: Path, training: Training, history: History) -> None:
-    tensors, meta = training.state()
-    runs.write_checkpoint(folder / runs.CHECKPOINT, tensors, meta | history.meta())
-    with runs.replacing(folder / runs.HISTORY) as temporary:
-        history.frame().to_csv(temporary, index=False)

@@ -5,24 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer import ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
 
 from pyro_vae import handlers, runs
 from pyro_vae.data import Batches, check
+from pyro_vae.estimators import checks
 from pyro_vae.programs import Program, undisturbed
+from pyro_vae.training.options import Options, annealing, fabric, lr_scheduler, optimizer
 
 __all__ = ["NonFiniteError", "Step", "Training", "steps"]
-
-LR_SCHEDULES = ("cosine", "one-cycle")
 
 
 class NonFiniteError(FloatingPointError):
@@ -87,111 +87,89 @@ class Training:
     Takes the arguments of `fit` that shape the steps. Iterating takes the remaining steps.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        data: Any,
-        *,
-        estimator: ELBO | None = None,
-        anneal: Callable[[float], float] | None = None,
-        epochs: int = 100,
-        batch_size: int = 128,
-        lr: float = 1e-3,
-        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
-        lr_schedule: str | Callable[..., Any] | None = None,
-        device: str = "auto",
-        precision: str = "32-true",
-        seed: int | None = None,
-        start_at_mean: bool = False,
-    ):
-        from lightning.fabric import Fabric, seed_everything
+    def __init__(self, program: Program, data: Any, **options: Any):
+        from lightning.fabric import seed_everything
 
-        if epochs < 1 or not 0 < lr < math.inf:
-            raise ValueError(f"expected positive epochs and lr, got epochs={epochs}, lr={lr}")
-        if isinstance(lr_schedule, str) and lr_schedule not in LR_SCHEDULES:
-            raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {lr_schedule!r}")
-        if type(estimator).__name__.startswith("Jit"):
-            name = type(estimator).__name__
-            raise ValueError(f"{name} would trace beta once and for all; expected {name.removeprefix('Jit')}")
-        if isinstance(estimator, TraceEnum_ELBO) and any(
-            getattr(m, "scale", None) == "optimal" for m in program.modules()
-        ):
-            raise ValueError("scale='optimal' knows no weights of enumerated latents; expected scale='global'")
-        if anneal is not None and not callable(anneal):
-            raise ValueError(f"anneal: expected a function of progress such as schedules.Linear(0.1), got {anneal!r}")
-        anneal = anneal or (lambda progress: 1.0)
-        if anneal(1.0) < 1:
-            warnings.warn(
-                f"the run ends with beta = {anneal(1.0):g} < 1, so its loss is no bound on the evidence", stacklevel=3
-            )
-        accelerator, _, index = device.partition(":")
-        devices = [int(index)] if index else 1
-        fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)  # type: ignore[arg-type]
+        self.options = Options(**options)
+        self.options.check(program)
+        self.anneal = annealing(self.options.anneal)
+        self.fabric = fabric(self.options.device, self.options.precision)
+        seed = self.options.seed
         if seed is not None:
             seed_everything(seed, verbose=False)
-
         self.program = program
-        self.objective = _Objective(program, estimator or Trace_ELBO())
-        self._fabric_objective = fabric.setup_module(self.objective)
+        self.objective = _Objective(program, self.options.estimator)
+        self._fabric_objective = self.fabric.setup_module(self.objective)
         order_seed = seed if seed is not None else int(torch.randint(2**31, ()))
-        self.batches = Batches(data, program, batch_size, order_seed)
+        self.batches = Batches(data, program, self.options.batch_size, order_seed)
         check(program, self.batches)
-        if start_at_mean:
+        if self.options.start_at_mean:
             _start_at_mean(program, self.batches)
-        parameters = [p for p in program.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError(f"{type(program).__name__} has no parameters to train")
-        # The fused step is the same computation in one kernel; torch's own optimizers have it.
-        fused = {"fused": True} if optimizer in (torch.optim.Adam, torch.optim.AdamW) else {}
-        self.optimizer = optimizer(parameters, lr=lr, **fused)
-        self._fabric_optimizer: Any = fabric.setup_optimizers(self.optimizer)
-        self.total_steps = epochs * len(self.batches)
-        self.scheduler = _lr_scheduler(self.optimizer, lr_schedule, lr, self.total_steps)
-        self.fabric = fabric
-        self.anneal = anneal
-        self.annealed = [module for module in program.modules() if hasattr(module, "set_progress")]
-        self.epochs = epochs
+        self.optimizer = optimizer(program, self.options)
+        self._fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
+        self.total_steps = self.options.epochs * len(self.batches)
+        self.scheduler = lr_scheduler(self.optimizer, self.options, self.total_steps)
+        following = (*program.modules(), self.options.estimator)
+        self.annealed: list[Any] = [each for each in following if hasattr(each, "set_progress")]
         self.step = 0
 
     def __iter__(self) -> Iterator[Step]:
+        checked = False
         while self.step < self.total_steps:
             epoch, skip = divmod(self.step, len(self.batches))
             for batch in self.batches.epoch(epoch, skip):
+                if not checked:
+                    self._check_estimator(batch)
+                    checked = True
                 yield self._take(epoch, batch)
+
+    def _check_estimator(self, batch: tuple[Tensor, ...]) -> None:
+        """Warn or raise where the estimator is wrong for the program, whose mode is the one it is trained in."""
+        with undisturbed(self.program), _kept_buffers(self.program), handlers.beta(self.anneal(0.0)):
+            self.program.train()
+            checks.check(self.options.estimator, self.program.model, self.program.guide, *batch)
 
     def _take(self, epoch: int, batch: tuple[Tensor, ...]) -> Step:
         progress = self.step / self.total_steps
         beta = self.anneal(progress)
-        for module in self.annealed:
-            module.set_progress(progress)
-        recorded = self.objective.recorded
+        for each in self.annealed:
+            each.set_progress(progress)
         if not self.program.training:
             self.program.train()
         self._fabric_optimizer.zero_grad()
         # Pyro checks the first step; after that its checks, of a program that does not change, are left out.
         with pyro.validation_enabled(False) if self.step else nullcontext():
-            loss = self._fabric_objective(beta, *batch)
-        num_data = recorded.num_data
-        loss = loss / num_data
+            loss = self._fabric_objective(beta, *batch) / self.objective.recorded.num_data
+        value, rate, distortion = self._figures(loss)
+        self._differentiate(loss)
+        self._fabric_optimizer.step()
+        self.step += 1
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if hasattr(self.anneal, "update"):
+            self.anneal.update(rate)
+        return Step(epoch + 1, self.step, beta, value, -rate - distortion, rate, distortion, len(batch[0]))
+
+    def _figures(self, loss: Tensor) -> tuple[float, float, float]:
+        """Loss, rate and distortion per datum, in one transfer from the device."""
+        recorded = self.objective.recorded
         rate, distortion = recorded.rate.mean(), recorded.distortion.mean()
-        values = torch.stack([loss.detach().to(rate), rate, distortion]).tolist()
+        value, *terms = torch.stack([loss.detach().to(rate), rate, distortion]).tolist()
         # Tail-adaptive inference has no loss to report and gives infinity (Wang, Liu and Liu, 2018).
-        if not math.isfinite(values[0]) and not isinstance(self.objective.estimator, TraceTailAdaptive_ELBO):
+        if not math.isfinite(value) and not isinstance(self.options.estimator, TraceTailAdaptive_ELBO):
             where = recorded.first_nonfinite()
-            raise NonFiniteError(f"the loss is {values[0]} at step {self.step + 1}; first site not finite: {where}")
+            raise NonFiniteError(f"the loss is {value} at step {self.step + 1}; first site not finite: {where}")
+        return value, terms[0], terms[1]
+
+    def _differentiate(self, loss: Tensor) -> None:
         if loss.requires_grad:
             self.fabric.backward(loss)
         else:  # the estimator has called backward on the sum
             for parameter in self.program.parameters():
                 if parameter.grad is not None:
-                    parameter.grad.div_(num_data)
+                    parameter.grad.div_(self.objective.recorded.num_data)
         if self.step == 0:
             self._check_parameters()
-        self._fabric_optimizer.step()
-        self.step += 1
-        if self.scheduler is not None:
-            self.scheduler.step()
-        return Step(epoch + 1, self.step, beta, values[0], -values[1] - values[2], values[1], values[2], len(batch[0]))
 
     def _check_parameters(self) -> None:
         own = {id(parameter) for parameter in self.program.parameters()}
@@ -215,8 +193,12 @@ class Training:
     def _shape(self) -> dict[str, Any]:
         """What a checkpoint and the run that goes on from it must have in common."""
         trained = [name for name, parameter in self.program.named_parameters() if parameter.requires_grad]
-        optimizer = type(self.optimizer).__name__
-        return {"steps in an epoch": len(self.batches), "optimizer": optimizer, "trained parameters": trained}
+        return {
+            "steps in an epoch": len(self.batches),
+            "optimizer": type(self.optimizer).__name__,
+            "trained parameters": trained,
+            "controller": type(self.anneal).__name__ if hasattr(self.anneal, "update") else None,
+        }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain data from which the run goes on bit for bit."""
@@ -229,15 +211,28 @@ class Training:
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.fabric.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.fabric.device)
-        return tensors, {"step": self.step, "order_seed": self.batches.seed, "shape": self._shape()}
+        meta = {"step": self.step, "order_seed": self.batches.seed, "shape": self._shape()}
+        if hasattr(self.anneal, "update"):
+            meta["anneal"] = self.anneal.state_dict()
+        return tensors, meta
 
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any], path: Path) -> None:
         """Go on from where `state` was taken."""
-        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
         for name, own in self._shape().items():
-            if meta["shape"][name] != own:
-                raise ValueError(f"{path} is of another run: expected {name} {own}, got {meta['shape'][name]}")
+            if meta["shape"].get(name) != own:
+                raise ValueError(f"{path} is of another run: expected {name} {own}, got {meta['shape'].get(name)}")
+        model = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
         runs.load_weights(self.program, model, path)
+        self.step = meta["step"]
+        self.batches.seed = meta["order_seed"]
+        self._restore_optimizer(tensors)
+        if hasattr(self.anneal, "update"):
+            self.anneal.load_state_dict(meta["anneal"])
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and self.fabric.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.fabric.device)
+
+    def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
@@ -245,16 +240,22 @@ class Training:
                 state.setdefault(int(index), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.step = meta["step"]
-        self.batches.seed = meta["order_seed"]
         if self.scheduler is not None:
             with warnings.catch_warnings():  # torch misses the optimizer's steps between these
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 for _ in range(min(self.step, self.total_steps)):
                     self.scheduler.step()
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and self.fabric.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.fabric.device)
+
+
+@contextmanager
+def _kept_buffers(program: Program) -> Iterator[None]:
+    """Leave running statistics, which a program in training mode changes, as they were."""
+    kept = {name: buffer.clone() for name, buffer in program.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in program.named_buffers():
+            buffer.copy_(kept[name])
 
 
 def _start_at_mean(program: Program, batches: Batches) -> None:
@@ -271,18 +272,6 @@ def _start_at_mean(program: Program, batches: Batches) -> None:
     for component in program.children():
         if hasattr(component, "start_at"):
             component.start_at((total / count).to(batches.dtype))
-
-
-def _lr_scheduler(optimizer: torch.optim.Optimizer, schedule: Any, lr: float, total_steps: int) -> Any:
-    from torch.optim import lr_scheduler
-
-    if schedule == "cosine":
-        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
-    if schedule == "one-cycle":
-        total = max(total_steps, 4)
-        warm_up = max(0.05, 2 / total)  # torch needs a warm-up of two steps
-        return lr_scheduler.OneCycleLR(optimizer, lr, total, pct_start=warm_up, cycle_momentum=False)
-    return None if schedule is None else schedule(optimizer)
 
 
 def steps(program: Program, data: Any, **options: Any) -> Iterator[Step]:

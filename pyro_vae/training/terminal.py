@@ -51,7 +51,7 @@ def progress_bar(training: Training, visible: bool) -> Iterator[Callable[[Step],
         TextColumn("{task.fields[rate]:.0f} steps/s  ELBO {task.fields[elbo]:.2f}  beta {task.fields[beta]:.2f}"),
         TimeRemainingColumn(),
     )
-    fields: Any = {"epoch": 1, "epochs": training.epochs, "rate": 0.0, "elbo": math.nan, "beta": 1.0}
+    fields: Any = {"epoch": 1, "epochs": training.options.epochs, "rate": 0.0, "elbo": math.nan, "beta": 1.0}
     with Progress(
         *columns, console=Console(stderr=True), disable=not visible or training.step == training.total_steps
     ) as bar:

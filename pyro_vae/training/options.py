@@ -1,0 +1,133 @@
+"""What a run can be asked for, and what is made of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+
+from pyro_vae import schedules
+from pyro_vae.programs import Program
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+__all__ = ["Options", "annealing", "fabric", "lr_scheduler", "optimizer"]
+
+LR_SCHEDULES = ("cosine", "one-cycle")
+
+
+@dataclasses.dataclass
+class Options:
+    """The arguments of `fit` that shape the steps, with its defaults.
+
+    Raises:
+        ValueError: If one of them does not suit.
+
+    Example:
+        >>> Options(epochs=3).batch_size
+        128
+    """
+
+    estimator: Any = None
+    anneal: Callable[[float], float] | None = None
+    epochs: int = 100
+    batch_size: int = 128
+    lr: float = 1e-3
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
+    lr_schedule: str | Callable[..., Any] | None = None
+    device: str = "auto"
+    precision: str = "32-true"
+    seed: int | None = None
+    start_at_mean: bool = False
+
+    def __post_init__(self) -> None:
+        self.estimator = self.estimator or Trace_ELBO()
+        self.lr = float(self.lr)
+        if self.epochs < 1 or not 0 < self.lr < math.inf:
+            raise ValueError(f"expected positive epochs and lr, got epochs={self.epochs}, lr={self.lr}")
+        if isinstance(self.lr_schedule, str) and self.lr_schedule not in LR_SCHEDULES:
+            raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}")
+        name = type(self.estimator).__name__
+        if name.startswith("Jit"):
+            raise ValueError(f"{name} would trace beta once and for all; expected {name.removeprefix('Jit')}")
+        if self.anneal is not None and not callable(self.anneal):
+            example = "expected a function of progress such as schedules.Linear(0.1)"
+            raise ValueError(f"anneal: {example}, got {self.anneal!r}")
+
+    def check(self, program: Program) -> None:
+        """Raise if they do not suit the program."""
+        if isinstance(self.estimator, TraceEnum_ELBO) and any(
+            getattr(module, "scale", None) == "optimal" for module in program.modules()
+        ):
+            raise ValueError("scale='optimal' knows no weights of enumerated latents; expected scale='global'")
+
+
+def fabric(device: str, precision: Any = "32-true") -> Fabric:
+    """Lightning's Fabric for a device.
+
+    Args:
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        precision: Fabric's precision.
+
+    Raises:
+        ValueError: If what follows the colon is no number.
+
+    Example:
+        >>> fabric("cpu").device
+        device(type='cpu')
+    """
+    from lightning.fabric import Fabric
+
+    accelerator, _, index = device.partition(":")
+    if index and not index.isdigit():
+        raise ValueError(f"device: expected a name such as cpu, cuda or cuda:1, got {device!r}")
+    return Fabric(accelerator=accelerator, devices=[int(index)] if index else 1, precision=precision)
+
+
+def annealing(anneal: Any) -> Any:
+    """Beta as a function of progress: a schedule as it is, and a copy of a controller, which changes as it goes."""
+    if anneal is None:
+        return schedules.Constant(1.0)
+    if hasattr(anneal, "update"):
+        if missing := [name for name in ("state_dict", "load_state_dict") if not hasattr(anneal, name)]:
+            raise ValueError(
+                f"anneal: expected a controller with update, state_dict and load_state_dict, "
+                f"got {type(anneal).__name__} without {' and '.join(missing)}"
+            )
+        return copy.deepcopy(anneal)
+    if anneal(1.0) < 1:
+        warnings.warn(
+            f"the run ends with beta = {anneal(1.0):g} < 1, so its loss is no bound on the evidence", stacklevel=4
+        )
+    return anneal
+
+
+def optimizer(program: Program, options: Options) -> torch.optim.Optimizer:
+    """The optimizer of all parameters that want a gradient."""
+    parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError(f"{type(program).__name__} has no parameters to train")
+    # The fused step is the same computation in one kernel; torch's own optimizers have it.
+    fused = {"fused": True} if options.optimizer in (torch.optim.Adam, torch.optim.AdamW) else {}
+    return options.optimizer(parameters, lr=options.lr, **fused)
+
+
+def lr_scheduler(optimizer: torch.optim.Optimizer, options: Options, total_steps: int) -> Any:
+    """The learning rate's scheduler, or None."""
+    from torch.optim import lr_scheduler
+
+    schedule = options.lr_schedule
+    if schedule == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
+    if schedule == "one-cycle":
+        total = max(total_steps, 4)
+        warm_up = max(0.05, 2 / total)  # torch needs a warm-up of two steps
+        return lr_scheduler.OneCycleLR(optimizer, options.lr, total, pct_start=warm_up, cycle_momentum=False)
+    return schedule(optimizer) if callable(schedule) else None
