@@ -14,7 +14,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.data import Batches, as_source, check, to_float
-from pyro_vae.estimators import log_probabilities
+from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE as _PARTICLES_AT_ONCE
+from pyro_vae.estimators.evidence import VALUES_AT_ONCE as _VALUES_AT_ONCE
+from pyro_vae.estimators.evidence import estimate_evidence
 from pyro_vae.handlers import in_data_plate
 from pyro_vae.programs import Program, placement, undisturbed
 
@@ -32,9 +34,6 @@ __all__ = [
     "summarize",
     "takes_x_alone",
 ]
-
-_VALUES_AT_ONCE = 2**20  # decoder outputs in a pass: 4 MB, which caches still hold
-_PARTICLES_AT_ONCE = 256  # enough that the encoder's pass over the batch costs nothing beside the decoder's
 
 
 class Summary(NamedTuple):
@@ -93,21 +92,22 @@ def summarize(program: Program, data: Any, num_particles: int = 5000, *, seed: i
     parts = []
     with undisturbed(program, seed), pyro.validation_enabled(False):
         for batch in batches.epoch(0):
-            log_sum, rate, distortion = (
-                torch.full((len(batch[0]),), v, dtype=torch.float64) for v in (-torch.inf, 0, 0)
+            found = estimate_evidence(
+                program.model,
+                program.guide,
+                *batch,
+                num_particles=num_particles,
+                at_once=at_once,
+                advance=_part_of(advance, len(batch[0]) / batches.num_data),
             )
-            for first in range(0, num_particles, at_once):
-                k = min(at_once, num_particles - first)
-                passed = log_probabilities(program.model, program.guide, *batch, num_particles=k)
-                prior, likelihood, posterior = (log_prob.cpu().double() for log_prob in passed)
-                log_sum = torch.logaddexp(log_sum, torch.logsumexp(prior + likelihood - posterior, 0))
-                rate += (posterior - prior).sum(0) / num_particles
-                distortion -= likelihood.sum(0) / num_particles
-                if advance is not None:
-                    advance(k * len(batch[0]) / (num_particles * batches.num_data))
-            log_likelihood = log_sum - torch.tensor(num_particles).double().log()
-            parts.append(Summary(log_likelihood, -(rate + distortion), rate, distortion))
+            elbo = -(found.rate + found.distortion)
+            parts.append(Summary(found.log_evidence, elbo, found.rate, found.distortion))
     return Summary(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _part_of(advance: Any, share: float) -> Any:
+    """What a part of the work calls with its own progress."""
+    return None if advance is None else lambda done: advance(share * done)
 
 
 def log_likelihood(program: Program, data: Any, num_particles: int = 5000, *, seed: int = 0) -> Tensor:

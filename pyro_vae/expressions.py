@@ -17,6 +17,7 @@ from pyro.infer import ELBO
 from torch import nn
 
 from pyro_vae.distributions import import_zuko
+from pyro_vae.estimators import Kernel
 from pyro_vae.schedules import Schedule
 
 __all__ = ["build", "names", "parse", "write"]
@@ -40,6 +41,8 @@ _SLOTS = {
     "parts": _Slot(("pyro_vae.likelihoods",), nn.Module, factory=True),
     "flow": _Slot(("zuko.flows",), nn.Module, factory=True),
     "temperature": _Slot(("pyro_vae.schedules",), Schedule),
+    "capacity": _Slot(("pyro_vae.schedules",), Schedule),
+    "kernel": _Slot(("pyro_vae.estimators",), Kernel),
     "net": _Slot(("pyro_vae.networks",), nn.Module),
     "estimator": _Slot(("pyro_vae.estimators", "pyro.infer"), ELBO),
     "anneal": _Slot(("pyro_vae.schedules",), Schedule),
@@ -368,7 +371,7 @@ def names(slot: str) -> list[str]:
 
     Example:
         >>> names("anneal")
-        ['Constant', 'Cosine', 'Cyclical', 'Linear', 'Sigmoid']
+        ['Constant', 'ControlVAE', 'Cosine', 'Cyclical', 'Linear', 'Sigmoid']
     """
     modules, base, _ = _SLOTS[slot]
     found = set()

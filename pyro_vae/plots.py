@@ -9,9 +9,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["image_grid", "latent_space", "reconstructions", "training_curve"]
+__all__ = ["estimators", "image_grid", "latent_space", "reconstructions", "training_curve"]
 
 
 def training_curve(history: pd.DataFrame) -> Figure:
@@ -147,6 +149,63 @@ def latent_space(means: Tensor, labels: Tensor | None = None) -> Figure:
         axes.scatter(points[:, 0], points[:, 1], c=None if labels is None else labels.numpy(), **style)
     axes.set(xlabel=names[0], ylabel=names[1], title="posterior means")
     return figure
+
+
+def estimators(comparison: xr.Dataset) -> Figure:
+    """Estimators side by side: bounds with two standard errors, signal-to-noise ratios, milliseconds and memory.
+
+    The best of each panel lies to the right for bounds and ratios, to the left for time and memory. A ratio that could
+    not be told from zero is an arrow at the left edge.
+
+    Args:
+        comparison: What `pyro_vae.estimators.compare` gave.
+
+    Example:
+        >>> import pyro_vae
+        >>> from pyro.infer import Trace_ELBO
+        >>> vae, x = pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8)
+        >>> found = pyro_vae.estimators.compare(vae, x, {"ELBO": Trace_ELBO()}, repeats=2, progress=False)
+        >>> [axes.get_xlabel() for axes in estimators(found).axes]
+        ['bound (nats per datum)', 'gradient SNR', 'milliseconds a step', 'peak memory (MiB)']
+    """
+    from matplotlib.figure import Figure
+
+    names = [str(name) for name in comparison.estimator.values]
+    figure = Figure(figsize=(12, 1.4 + 0.32 * len(names)), layout="constrained")
+    bound, snr, time, memory = figure.subplots(1, 4, sharey=True, width_ratios=(4, 3, 2, 2))
+    bound.errorbar(comparison.bound, names, xerr=2 * comparison.bound_se, fmt="o", color="C0", capsize=3)
+    reference = comparison.reference.item()
+    bound.axvline(reference, color="0.3", linestyle="--", label=f"log-evidence {reference:.2f}")
+    bound.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    _ratios(snr, comparison.gradient_snr, names)
+    for axes, values in ((time, comparison.milliseconds), (memory, comparison.memory)):
+        axes.bar_label(axes.barh(names, values, color="C7", height=0.6), fmt="%.3g", padding=2, fontsize="small")
+        axes.margins(x=0.25)  # room for the numbers
+    labels = ("bound (nats per datum)", "gradient SNR", "milliseconds a step", "peak memory (MiB)")
+    for axes, label in zip(figure.axes, labels, strict=True):
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    bound.invert_yaxis()
+    return figure
+
+
+def _ratios(axes: Axes, snr: xr.DataArray, names: list[str]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    positive = snr.values[snr.values > 0]
+    edge = positive.min() / 2 if len(positive) else 0.1
+    for part, color, shift in (("model", "C1", -0.12), ("guide", "C2", 0.12)):
+        values = snr.sel(part=part)
+        rows = [row + shift for row in range(len(names))]
+        axes.plot(values.where(values > 0), rows, "o", color=color, label=part)
+        zero = [row for row, value in zip(rows, values, strict=True) if value == 0]
+        axes.plot([edge] * len(zero), zero, "<", color=color, markersize=10)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 
 
 def is_image(event_shape: tuple[int, ...]) -> bool:

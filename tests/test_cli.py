@@ -300,7 +300,7 @@ def test_components_of_ones_own(call, tmp_path):
     (["fit", "--network", "MLP(hiden=[3])"], "it takes in_features, out_features, hidden, activation"),
     (["fit", "--network", "MLP(hidden=[0])"], "expected positive sizes"),
     (["fit", "--estimator", "ELBO()"], "there is .*Trace_ELBO"),
-    (["fit", "--anneal", "Lin(0.1)"], "there is Constant, Cosine"),
+    (["fit", "--anneal", "Lin(0.1)"], "there is Constant, ControlVAE, Cosine"),
     (["fit", "--optimizer", "Adan()"], "unknown name 'Adan'"),
     (["fit", "--dequantize", "256"], r"on the grid i / 255 in \[0, 1\], got 0"),
     (["fit", "--dequantize", "17", "--binarize", "static"], "one of binarize and dequantize"),
@@ -337,6 +337,67 @@ def test_bad_input_is_one_line_and_exit_code_2(call, tmp_path, arguments, messag
     assert err.count("\n") == 1, err
     assert re.search(message, err), err
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_estimators_are_compared(fitted, call, tmp_path):
+    folder, _ = fitted
+    path = folder / "runs/digits"
+    few = ("--repeats", "2", "--reference-particles", "5", "--batch-size", "10")
+    code, out, err = call("compare-estimators", path, "Trace_ELBO()", "DReG(num_particles=4)", *few, "--out", "a.csv")
+    assert (code, err) == (0, "")
+    assert "comparison: a.csv" in out
+    frame = pd.read_csv("a.csv", index_col="estimator")
+    assert list(frame.index) == ["Trace_ELBO()", "DReG(num_particles=4)"]
+    assert any(f"{frame.bound.iloc[0]:.{digits}f} ±" in out for digits in (2, 3, 4))
+    assert set(frame.columns) == {
+        "bound", "bound_se", "gap", "milliseconds", "memory", "reference", "reference_se", "gradient_variance_model",
+        "gradient_variance_guide", "gradient_snr_model", "gradient_snr_guide",
+    }  # fmt: skip
+    assert frame.notna().all(axis=None)
+    assert call("compare-estimators", path, "Trace_ELBO()", *few, "--out", "a.nc")[0] == 0
+    import xarray as xr
+
+    with xr.open_dataset("a.nc") as found:
+        assert found.attrs["num_data"] == 10
+        assert found.bound.item() == frame.bound.iloc[0]
+    other = [*few, "--seed", "1", "--out", "b.csv"]
+    assert call("compare-estimators", path, "Trace_ELBO()", *other)[0] == 0
+    assert pd.read_csv("b.csv").bound[0] != frame.bound.iloc[0]
+    before = set(path.rglob("*"))
+    assert call("compare-estimators", path, *few)[0] == 0  # the default set, and the default figure
+    assert set(path.rglob("*")) - before == {path / "figures/estimators.png"}
+    (path / "figures/estimators.png").unlink()
+
+
+def test_default_estimators_suit_the_posterior(call):
+    bits = ["--prior", "Bernoulli()", "--posterior", "Bernoulli()"]
+    code, _, err = call(*FIT, *bits, "--epochs", "1", "--out", "bits")
+    assert code == 0, err
+    code, out, err = call("compare-estimators", "bits", "--repeats", "2", "--reference-particles", "5")
+    assert code == 0, err
+    assert "VIMCO(num_particles=8)" in out
+    assert "DReG" not in out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["Trace_ELBO()", "Trace_ELBO()"], r"different estimators, got Trace_ELBO\(\) more than once"),
+    (["IWEA()"], "unknown name 'IWEA'; there is .*IWAE"),
+    (["VIMCO(num_particles=1)"], "num_particles >= 2"),
+    (["TraceGraph_ELBO()", "--repeats", "1"], "repeats: expected at least 2"),
+    (["--reference-particles", "0"], "reference_particles: expected a positive number"),
+    (["--batch-size", "0"], "batch size: expected 1 to 359"),
+    (["--out", "a.txt"], "ends in .png, .pdf, .svg, .csv, .nc"),
+    (["--data", "nan.npy"], "finite values, got 1 NaN"),
+])  # fmt: skip
+def test_bad_comparisons_are_one_line(fitted, call, tmp_path, arguments, message):
+    folder, _ = fitted
+    x = np.ones((30, 8, 8))
+    x[3, 2, 1] = np.nan
+    np.save(tmp_path / "nan.npy", x)
+    code, _, err = call("compare-estimators", folder / "runs/digits", *arguments)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert re.search(message, err), err
+    assert not (folder / "runs/digits/figures/estimators.png").exists()
 
 
 def test_components_lists_all_with_arguments_and_support(call):
@@ -391,7 +452,8 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_help_and_entry_point(call, tmp_path):
-    for arguments in (["--help"], [], ["fit", "--help"], ["evaluate", "--help"], ["sample", "--help"]):
+    commands = ("fit", "evaluate", "sample", "compare-estimators")
+    for arguments in (["--help"], [], *([command, "--help"] for command in commands)):
         code, out, _ = call(*arguments)
         assert code == 0
         assert "Usage: pyro-vae" in out

@@ -60,7 +60,7 @@ def test_fills_in_what_the_builder_knows():
     ("__import__('os').system('true')", "net", "unknown name"),
     ("Bernoulli()", "estimator", "there is .*RenyiELBO.*Trace_ELBO"),
     ("ELBO()", "estimator", "unknown name 'ELBO'"),
-    ("Schedule()", "anneal", "there is Constant, Cosine, Cyclical, Linear, Sigmoid"),
+    ("Schedule()", "anneal", "there is Constant, ControlVAE, Cosine, Cyclical, Linear, Sigmoid"),
     ("StandardNormal(3)", "net", "unknown name 'StandardNormal'"),
     ("priors.StandardNormal(3)", "anneal", "unknown name"),
 ])  # fmt: skip

@@ -267,7 +267,7 @@ def test_nothing_is_claimed_of_enumerated_latents(how):
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_dreams_do_not_count(ours):
-    """The guide is exact: rate and distortion of any particle add up to minus the log-evidence, but not those of dreams."""
+    """The guide is exact: rate and distortion of each particle make up the log-evidence, but not those of dreams."""
 
     def guide(x, observations=None):
         program.guide(x)

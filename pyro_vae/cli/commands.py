@@ -19,6 +19,7 @@ from pyro_vae.data import InMemory, Splits
 from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.networks import Standardized
 from pyro_vae.programs import Program
+from pyro_vae.training.options import fabric
 
 app = typer.Typer(
     help=pyro_vae.__doc__,
@@ -212,10 +213,8 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Draw data from a run's model."""
-    suffixes = (".png", ".pdf", ".svg", ".npy", ".csv")
-    if out.suffix not in suffixes:
-        raise ValueError(f"--out: expected a name that ends in {', '.join(suffixes)}; got {out}")
-    program = _on(device, pyro_vae.load(run, trust=trust))
+    output.check_suffix(out, (".png", ".pdf", ".svg", ".npy", ".csv"))
+    program = pyro_vae.load(run, trust=trust).to(fabric(device).device)
     recorded = runs.read_config(run).get("recorded", {})
     if out.suffix == ".csv" and not recorded.get("columns"):
         raise ValueError(f"--out: expected a run whose data were a table to write {out}, got one without columns")
@@ -230,6 +229,50 @@ def sample(
         else:
             plots.image_grid(means, columns=math.ceil(math.sqrt(n))).savefig(temporary)
     output.say(f"{n} samples: {out}")
+
+
+@app.command("compare-estimators")
+def compare_estimators(
+    run: Run,
+    estimators: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="estimator",
+            help=f"Such as 'IWAE(num_particles=8)'. By default {', '.join(output.DIFFERENTIABLE)}; where draws of the "
+            f"posterior are not differentiable, {', '.join(output.OTHERS)}.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int, _option("Test data, the first ones, that are the batch.")] = 100,
+    repeats: Annotated[int, _option("Losses and gradients of each estimator.")] = 64,
+    reference_particles: Annotated[int, _option("Particles a datum of the reference log-evidence.")] = 5000,
+    data: Annotated[str | None, _option("Other data than the run's.")] = None,
+    data_root: Annotated[str | None, _option("Folder of torchvision's data sets.")] = None,
+    seed: Annotated[int, _option("Seed of all draws.")] = 0,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None,
+        _option("A figure (.png, .pdf, .svg), table (.csv) or data set (.nc). [default: RUN/figures/estimators.png]"),
+    ] = None,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Compare estimators on a run's test data: bound, gap, gradient noise, time and memory."""
+    out = out or run / runs.FIGURES / "estimators.png"
+    output.check_suffix(out, (".png", ".pdf", ".svg", ".csv", ".nc"))
+    program, test = _load(run, data, data_root, device, trust)
+    batches = pyro_vae.data.Batches(test, program, min(batch_size, len(test)))
+    pyro_vae.data.check(program, batches)
+    batch = next(batches.epoch(0))
+    texts = estimators or output.default_estimators(program, batch)
+    if len(set(texts)) < len(texts):
+        raise ValueError(f"expected different estimators, got {max(texts, key=texts.count)} more than once")
+    chosen = {text: expressions.parse(text, "estimator") for text in texts}
+    found = pyro_vae.estimators.compare(
+        program, batch, chosen, repeats=repeats, reference_particles=reference_particles, seed=seed
+    )
+    output.write_comparison(out, found)
+    output.say(f"comparison: {out}")
 
 
 @app.command()
@@ -254,14 +297,7 @@ def _load(run: Path, data: str | None, root: str | None, device: str, trust: boo
         raise ValueError(
             f"{asked['data']}: expected the categories {known[name]} in {name}, got {list(test.categories[name])}"
         )
-    return _on(device, program), test
-
-
-def _on(device: str, program: Program) -> nn.Module:
-    from lightning.fabric import Fabric
-
-    accelerator, _, index = device.partition(":")
-    return program.to(Fabric(accelerator=accelerator, devices=[int(index)] if index else 1).device)
+    return program.to(fabric(device).device), test
 
 
 def _can_start_at_mean(program: Program) -> bool:

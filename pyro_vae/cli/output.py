@@ -6,15 +6,39 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pyro import poutine
+from pyro.poutine.util import prune_subsample_sites
 
 import pyro_vae
 from pyro_vae import evaluation, plots, runs
 from pyro_vae.catalogue import KINDS, entries
 from pyro_vae.data import InMemory
-from pyro_vae.programs import Program
+from pyro_vae.programs import Program, undisturbed
 
-__all__ = ["evaluate", "list_components", "record_columns", "say", "write_figures"]
+if TYPE_CHECKING:
+    import xarray as xr
+
+__all__ = [
+    "check_suffix",
+    "default_estimators",
+    "evaluate",
+    "list_components",
+    "record_columns",
+    "say",
+    "write_comparison",
+    "write_figures",
+]
+
+# What there is to compare, for posteriors whose draws are differentiable, and for others.
+DIFFERENTIABLE = ("Trace_ELBO()", "StickingTheLanding()", "IWAE(num_particles=8)", "DReG(num_particles=8)")
+OTHERS = (
+    "Trace_ELBO()",
+    "Reinforce(num_particles=8)",
+    "VIMCO(num_particles=8)",
+    "ReweightedWakeSleep(num_particles=8)",
+)
 
 
 def evaluate(
@@ -75,6 +99,34 @@ def write_figures(run: Path, program: Program, test: InMemory, history: Any) -> 
     for name, figure in figures.items():
         with runs.replacing(run / runs.FIGURES / f"{name}.png") as temporary:
             figure.savefig(temporary)
+
+
+def default_estimators(program: Program, batch: tuple[Any, ...]) -> tuple[str, ...]:
+    """Estimators that a program can do with."""
+    with undisturbed(program):
+        trace = prune_subsample_sites(poutine.trace(program.guide).get_trace(*batch))
+    return OTHERS if trace.nonreparam_stochastic_nodes else DIFFERENTIABLE
+
+
+def write_comparison(out: Path, comparison: xr.Dataset) -> None:
+    """Write a comparison of estimators, as what the name of the file says."""
+    with runs.replacing(out) as temporary:
+        if out.suffix == ".nc":
+            comparison.to_netcdf(temporary)
+        elif out.suffix == ".csv":
+            frame = comparison.drop_dims("part").to_dataframe()
+            for name in ("gradient_variance", "gradient_snr"):
+                for part in comparison.part.values:
+                    frame[f"{name}_{part}"] = comparison[name].sel(part=part).values
+            frame.to_csv(temporary)
+        else:
+            plots.estimators(comparison).savefig(temporary)
+
+
+def check_suffix(out: Path, suffixes: tuple[str, ...]) -> None:
+    """Make sure that a file's name says what it is to hold."""
+    if out.suffix not in suffixes:
+        raise ValueError(f"--out: expected a name that ends in {', '.join(suffixes)}; got {out}")
 
 
 @contextmanager
