@@ -32,12 +32,12 @@ __all__ = [
 ]
 
 # What there is to compare, for posteriors whose draws are differentiable, and for others.
-DIFFERENTIABLE = ("Trace_ELBO()", "StickingTheLanding()", "IWAE(num_particles=8)", "DReG(num_particles=8)")
+DIFFERENTIABLE = ("Trace_ELBO()", "StickingTheLanding()", "IWAE(8)", "DReG(8)")
 OTHERS = (
     "Trace_ELBO()",
-    "Reinforce(num_particles=8)",
-    "VIMCO(num_particles=8)",
-    "ReweightedWakeSleep(num_particles=8)",
+    "Reinforce(8)",
+    "VIMCO(8)",
+    "ReweightedWakeSleep(8)",
 )
 
 
