@@ -487,3 +487,12 @@ def test_on_an_accelerator(accelerator):
     assert np.isfinite(found.drop_vars("memory").to_dataarray()).all()
     assert found.memory.item() > 0 or accelerator != "cuda"
     assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_a_batch_of_booleans_is_one_of_floats():
+    vae, x = pyro_vae.build((8, 8), latent=2), torch.rand(3, 8, 8) > 0.5
+    some = {"repeats": 2, "reference_particles": 2, "progress": False}
+    one, other = (compare(vae, batch, {"IWAE": estimators.IWAE(2)}, **some) for batch in (x, x.float()))
+    assert one.bound.item() == other.bound.item()
+    with pytest.raises(ValueError, match="got uint8; data.to_float"):
+        compare(vae, x.to(torch.uint8), {"IWAE": estimators.IWAE(2)}, **some)

@@ -240,7 +240,9 @@ class _Bench:
 def _placed(item: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if not isinstance(item, Tensor):
         return item
-    return item.to(device, dtype if item.is_floating_point() else None)
+    if item.dtype == torch.uint8:
+        raise ValueError("expected a batch of floats or booleans, got uint8; data.to_float(x) gives floats")
+    return item.to(device, dtype if item.is_floating_point() or item.dtype == torch.bool else None)
 
 
 def _sampled(trace: Any) -> list[Any]:
