@@ -126,7 +126,8 @@ def draw(particles, measured, path):
     for axes, (kind, title) in zip(figure.subplots(1, 3), KINDS.items(), strict=True):
         rows = [row for row in measured if row["parameters"] == kind]
         for row in rows:
-            axes.loglog(particles, row["signal_to_noise"], marker="o", markersize=3, label=row["estimator"])
+            ratios = [ratio or math.nan for ratio in row["signal_to_noise"]]  # none where it is lost in the noise
+            axes.loglog(particles, ratios, marker="o", markersize=3, label=row["estimator"])
         start = rows[0]["signal_to_noise"][0]
         for exponent, style in ((0.5, "--"), (-0.5, ":")):
             line = [start * (number / particles[0]) ** exponent for number in particles]
