@@ -106,7 +106,10 @@ class weigh(Messenger):
             return
         self._seen[msg["name"]] = msg["is_observed"]
         if msg["name"] in self.weights:
-            msg["scale"] = self.weights[msg["name"]] * msg["scale"]
+            weight = self.weights[msg["name"]]
+            msg["scale"] = weight * msg["scale"]
+            # What tells a site's own weight from a scale of the data, which belongs outside of a bound.
+            msg["infer"] = {**msg["infer"], "_weight": weight * msg["infer"].get("_weight", 1.0)}
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

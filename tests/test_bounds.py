@@ -18,7 +18,7 @@ from torch import nn
 
 import pyro_vae
 from pyro_vae import handlers
-from pyro_vae.estimators import CIWAE, IWAE, MIWAE, PIWAE, DReG, Particles, Renyi, StickingTheLanding
+from pyro_vae.estimators import CIWAE, IWAE, MIWAE, PIWAE, VIMCO, DReG, Particles, Renyi, StickingTheLanding
 
 NODES = 24
 
@@ -465,6 +465,7 @@ def test_latents_that_differ_are_refused():
     ("make", "message"),
     [
         (lambda: IWAE(0), "num_particles >= 1, got 0"),
+        (lambda: IWAE(2.5), "integer num_particles >= 1, got 2.5"),
         (lambda: IWAE(2, chunk=0), "chunk >= 1, got 0"),
         (lambda: CIWAE(1.5), r"beta in \[0, 1\], got 1.5"),
         (lambda: MIWAE(0, 2), "m >= 1 and k >= 1"),
@@ -495,3 +496,54 @@ def test_they_train_under_fit_svi_and_as_modules(estimator, cleared_store):
 def test_expressions_write_and_read_them(estimator):
     text = pyro_vae.expressions.write(estimator, "estimator")
     assert pyro_vae.expressions.write(pyro_vae.expressions.parse(text, "estimator"), "estimator") == text
+
+
+def test_a_weight_of_the_data_is_no_outer_scale():
+    """`weigh` stands within the weights, for one observed site as for several; `poutine.scale` stands outside."""
+    program, x = ProbabilisticPCA(), torch.randn(3, 2, dtype=torch.float64)
+    torch.manual_seed(0)
+    with handlers.weigh({"x": 2.0}), poutine.scale(scale=3.0):
+        found = Particles(program.model, program.guide, (x,), {}, 4)
+    torch.manual_seed(0)
+    plain = Particles(program.model, program.guide, (x,), {}, 4)
+    assert found.scale == 3.0
+    prior = dist.Normal(0.0, 1.0).log_prob(plain.guide.nodes["z"]["value"]).sum(-1)
+    torch.testing.assert_close(found.log_joint, 2 * plain.log_joint - prior)
+    torch.testing.assert_close(found.log_posterior, plain.log_posterior)
+    with handlers.weigh({"x": 0.0}):
+        assert Particles(program.model, program.guide, (x,), {}, 4).scale == 1.0
+
+
+class Window(nn.Module):
+    """z ~ N(0, 1), x uniform within 1 of z: a particle further off cannot be."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(self.slope * x, 1.0))
+
+
+@pytest.mark.parametrize("estimator", [IWAE(8), DReG(8), MIWAE(1, 8), PIWAE(2, 4), Renyi(0.5, 8), VIMCO(8)], ids=name)
+def test_a_particle_that_cannot_be_leaves_loss_and_gradient_finite(estimator):
+    program, x = Window(), torch.linspace(-0.5, 0.5, 5, dtype=torch.float64)
+    with pyro.validation_enabled(False):
+        torch.manual_seed(0)
+        value = estimator.loss(program.model, program.guide, x)
+        torch.manual_seed(0)
+        assert estimator.loss_and_grads(program.model, program.guide, x) == pytest.approx(value, rel=1e-12)
+    assert math.isfinite(value)
+    assert program.slope.grad.isfinite()
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_program_that_is_held_fixed_has_a_loss(chunk):
+    program = ProbabilisticPCA().requires_grad_(False)
+    assert math.isfinite(IWAE(4, chunk=chunk).loss_and_grads(program.model, program.guide, torch.zeros(3, 2).double()))

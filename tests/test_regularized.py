@@ -449,7 +449,7 @@ def test_what_does_not_count_is_in_no_pair():
     (lambda: MMD(alpha=0.0, scaling=0.5), r"alpha \+ scaling >= 1"),
     (lambda: RBF(0.0), "expected bandwidth > 0"),
     (lambda: InverseMultiquadric(-1.0), "expected length > 0"),
-    (lambda: FreeBits(0.1, num_particles=0), "expected num_particles >= 1"),
+    (lambda: FreeBits(0.1, num_particles=0), "integer num_particles >= 1"),
 ])  # fmt: skip
 def test_arguments_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):

@@ -114,6 +114,13 @@ def test_the_baselines_lower_the_variance(program):
     assert weights.reinforce.abs().max() < 0.05 * bound.abs().max()
 
 
+def test_the_baseline_of_a_particle_that_cannot_be():
+    bound, weights = VIMCO(3).weigh(torch.tensor([[0.0], [-torch.inf], [0.5]], dtype=torch.float64))
+    others = math.log((1 + math.exp(0.5) + math.exp(0.25)) / 3)
+    assert weights.reinforce[1].item() == pytest.approx(bound.item() - others, abs=1e-12)
+    assert weights.reinforce.isfinite().all()
+
+
 def test_wake(program):
     """The guide's gradient is that of the weighted log-densities with the weights held, the model's is that of IWAE."""
     enumerated = Enumerated(program, 3)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_vae.estimators.checks import check
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE, VALUES_AT_ONCE, Evidence, estimate_evidence
-from pyro_vae.estimators.gradients import _leaves, loss_to_differentiate
+from pyro_vae.estimators.gradients import leaves, loss_to_differentiate
 from pyro_vae.estimators.measures import Moments, peak_memory
 from pyro_vae.estimators.particles import local_sites, log_prob
 from pyro_vae.estimators.terminal import print_table, progress_bar
@@ -156,7 +156,7 @@ class _Bench:
         model = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*self.batch)
         model_total = sum(log_prob(site).sum() for site in _sampled(model))
         totals = zip(PARTS, (model_total, guide_total), strict=True)
-        self.parts = {part: list(_leaves(torch.as_tensor(total))) for part, total in totals}
+        self.parts = {part: list(leaves(torch.as_tensor(total))) for part, total in totals}
         self.parameters = {*itertools.chain(*self.parts.values(), program.parameters())}
         frames = local_sites(guide, observed=False)[0]["cond_indep_stack"]
         self.num_data: int = next(frame.full_size for frame in frames if frame.name == "data")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -59,8 +60,8 @@ class Estimator(ELBO):
     """
 
     def __init__(self, num_particles: int = 1):
-        if num_particles < 1:
-            raise ValueError(f"{type(self).__name__}: expected num_particles >= 1, got {num_particles}")
+        if not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(f"{type(self).__name__}: expected an integer num_particles >= 1, got {num_particles}")
         super().__init__(num_particles=num_particles)
 
     @abstractmethod
@@ -153,6 +154,8 @@ class WeightedEstimator(Estimator):
             particles = draw(size, shared=leaves)
             gradient = _gradient(particles, weights.map(itemgetter(slice(last - size, last))), with_global=last == size)
             _accumulate(found, gradient)
+        if not found:  # all is held fixed
+            return value
         behind = {leaves[name]: value for name, value in shared.items()}  # the guide that global latents come from
         return _with_gradient(value, sum((behind.get(leaf, leaf) * grad).sum() for leaf, grad in found.items()))
 
@@ -169,9 +172,11 @@ def _with_gradient(value: Tensor, gradient: Any) -> Tensor:
 def _gradient(particles: Particles, weights: Weights, with_global: bool = True) -> Tensor:
     """A scalar whose gradient is that of the given weights; its value means nothing."""
     # Processors take many times as long for numbers near the smallest, and such weights do not count beside the others.
-    model, path, score, reinforce = weights.map(lambda weights: weights.where(weights.abs() > TINY, 0.0))
+    model, path, score, reinforce = weights.map(lambda weights: weights.masked_fill(weights.abs() <= TINY, 0.0))
+    # A particle that cannot be has no weight, and no part in this.
+    log_joint = particles.log_joint.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
     if path is None:
-        total = model * particles.log_joint
+        total = model * log_joint
         if score is not None:
             total = total - score * particles.log_posterior_at_fixed(weighted=True)
     else:
@@ -181,7 +186,7 @@ def _gradient(particles: Particles, weights: Weights, with_global: bool = True) 
             model = model.clamp(min=TINY)
             particles.scale_path(path / model)
             log_posterior = particles.log_posterior_along_path()
-        total = model * (particles.log_joint - log_posterior)
+        total = model * (log_joint - log_posterior)
         if score is not model:
             rest = model if score is None else model - score
             total = total + rest * particles.log_posterior_at_fixed(weighted=True)
@@ -193,12 +198,14 @@ def _gradient(particles: Particles, weights: Weights, with_global: bool = True) 
 
 def _accumulate(found: dict[Tensor, Tensor], total: Tensor) -> None:
     """Add the gradients of `total` to those that were found for the leaves of its graph."""
-    leaves = list(_leaves(total))
-    for leaf, grad in zip(leaves, torch.autograd.grad(total, leaves), strict=True):
+    reached = list(leaves(total))
+    if not reached:
+        return
+    for leaf, grad in zip(reached, torch.autograd.grad(total, reached), strict=True):
         found[leaf] = found[leaf] + grad if leaf in found else grad
 
 
-def _leaves(tensor: Tensor) -> Iterator[Tensor]:
+def leaves(tensor: Tensor) -> Iterator[Tensor]:
     """The leaves that a tensor was computed from and that gradients are wanted of."""
     seen, waiting = set(), [tensor.grad_fn]
     while waiting:

@@ -80,19 +80,31 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> float:
         >>> round(peak_memory(lambda: torch.ones(2**20) + 1, torch.device("cpu")), 2)
         8.0
     """
-    gc.collect()  # or what is let go of in the middle of the step would count against it
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        step()
+        with _no_collection():
+            step()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     if device.type != "cpu":
         return math.nan
-    with _quiet_profiler(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+    with _quiet_profiler(), _no_collection(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         step()
     results: Any = profile.kineto_results
     events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     return max(itertools.accumulate(e.nbytes() for e in events), default=0) / 2**20
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What was left to Python's garbage collector before is not let go of now, to count against what is taken."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -311,8 +311,11 @@ class Particles:
         return sites
 
     def _outer_scale(self) -> Any:
-        scales = [site["scale"] for site in local_sites(self.model, observed=True)]
-        if all(_equal(scale, scales[0]) for scale in scales) and not _equal(scales[0], 0.0):
+        weighed = [
+            (site["scale"], site["infer"].get("_weight", 1.0)) for site in local_sites(self.model, observed=True)
+        ]
+        scales = [scale / weight for scale, weight in weighed if not _equal(weight, 0.0)]
+        if scales and all(_equal(scale, scales[0]) for scale in scales) and not _equal(scales[0], 0.0):
             return scales[0]
         frame = next(frame for frame in self.latents[0]["cond_indep_stack"] if frame.name == "data")
         return frame.full_size / frame.size

@@ -312,7 +312,7 @@ class MMD(Regularized):
     Args:
         alpha: Weight :math:`\alpha` of the mutual information between data and latents, at most 1: there the rate is
             left out.
-        scaling: The scaling parameter :math:`\lambda`, with :math:`\alpha + \lambda \ge 1`. The distance is below 4,
+        scaling: The scaling parameter :math:`\lambda`, with :math:`\alpha + \lambda \ge 1`. The distance is at most 2,
             where the log-likelihood of an image is in the hundreds of nats.
         kernel: The kernel: any function of `(*, n, D)` and `(*, m, D)` to `(*, n, m)`. By default `RBF()`.
         num_particles: Number of particles a datum, over which all is averaged.

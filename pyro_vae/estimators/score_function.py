@@ -217,15 +217,20 @@ def _dreamt(model: Callable, guide: Callable, args: tuple, kwargs: Any) -> Tenso
 
 
 def _mean_of_others(log_weights: Tensor) -> Tensor:
-    return (log_weights.sum(0) - log_weights) / (len(log_weights) - 1)
+    before, after = _before_and_after(log_weights, torch.cumsum, 0.0)
+    return (before + after) / (len(log_weights) - 1)
 
 
 def _sum_of_others(log_weights: Tensor) -> Tensor:
-    """The logarithm of the sum of the other weights, from those before and those after: differences would cancel."""
-    nothing = torch.full_like(log_weights[:1], -torch.inf)
-    before = torch.cat([nothing, log_weights.logcumsumexp(0)[:-1]])
-    after = torch.cat([log_weights.flip(0).logcumsumexp(0).flip(0)[1:], nothing])
-    return torch.logaddexp(before, after)
+    """The logarithm of the sum of the other weights."""
+    return torch.logaddexp(*_before_and_after(log_weights, torch.logcumsumexp, -torch.inf))
+
+
+def _before_and_after(values: Tensor, cumulate: Callable, nothing: float) -> tuple[Tensor, Tensor]:
+    """Sums of the particles before each and after each: all less its own would cancel, or be infinity less infinity."""
+    none = torch.full_like(values[:1], nothing)
+    before = torch.cat([none, cumulate(values, 0)[:-1]])
+    return before, torch.cat([cumulate(values.flip(0), 0).flip(0)[1:], none])
 
 
 def _check_baseline(estimator: WeightedEstimator) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
 
 from pyro_vae import handlers, runs
 from pyro_vae.data import Batches, check
 from pyro_vae.estimators import checks
+from pyro_vae.estimators.gradients import loss_to_differentiate
 from pyro_vae.programs import Program, undisturbed
 from pyro_vae.training.options import Options, annealing, fabric, lr_scheduler, optimizer
 
@@ -61,11 +61,6 @@ class _Objective(nn.Module):
         super().__init__()
         self.program = program
         self.estimator: Any = estimator
-        # An estimator is used by what its own class defines, and not by what that may have inherited beside it.
-        ways = ("differentiable_loss", "loss_and_grads")
-        self.differentiable = "differentiable_loss" in next(
-            vars(c) for c in type(estimator).__mro__ if set(ways) & vars(c).keys()
-        )
         self.recorded = handlers.record()
         # The program's own param store: some estimators keep state there, and none of it may reach Pyro's.
         self.param_store: Any = {"params": {}, "constraints": {}}
@@ -73,12 +68,7 @@ class _Objective(nn.Module):
     def forward(self, beta: float, *batch: Tensor) -> Any:
         programs = self.recorded.model(self.program.model), self.recorded.guide(self.program.guide)
         with pyro.get_param_store().scope(self.param_store), handlers.beta(beta), self.recorded:
-            if self.differentiable:
-                return self.estimator.differentiable_loss(*programs, *batch)
-            # The others call backward themselves, and only where param sites are collected.
-            with poutine.trace(param_only=True):
-                loss = self.estimator.loss_and_grads(*programs, *batch)
-            return torch.as_tensor(sum(loss) if isinstance(loss, tuple) else loss)
+            return loss_to_differentiate(self.estimator, *programs, *batch)
 
 
 class Training:
