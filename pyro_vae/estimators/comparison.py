@@ -68,6 +68,7 @@ def compare(
     the :math:`\operatorname{tr} \operatorname{Var} g / \text{repeats}` that noise adds to it, and an SNR of 0 is one
     that so few repeats do not tell from none. Of an estimator whose loss is no bound, as with free bits, the bound is
     minus the loss all the same; where the loss is infinite, as in tail-adaptive inference, it is NaN.
+    The reference leaves latents outside the plate out, and the gap then includes their divergence.
 
     The program is in eval mode, as in evaluation, so that there is no dropout. Its mode, gradients, RNG state and the
     param store are left as they were. The memory is what the tensors of a step take at its peak, gradients included.
