@@ -18,7 +18,12 @@ __all__ = ["beta", "in_data_plate", "record", "weigh"]
 
 def in_data_plate(site: Any) -> bool:
     """Whether a sample site is local: in the plate named "data"."""
-    return any(frame.name == "data" for frame in site["cond_indep_stack"])
+    return data_frame(site) is not None
+
+
+def data_frame(site: Any) -> Any:
+    """The frame of the plate "data" that a sample site is in, or None."""
+    return next((frame for frame in site["cond_indep_stack"] if frame.name == "data"), None)
 
 
 class beta(Messenger):
@@ -208,7 +213,7 @@ class record(Messenger):
             run=self._run,
             name=msg["name"],
             observed=msg["is_observed"],
-            frame=next((frame for frame in msg["cond_indep_stack"] if frame.name == "data"), None),
+            frame=data_frame(msg),
             value=msg["value"].detach(),
             log_prob=scale_and_mask(log_prob, mask=msg["mask"]),
             enumerated=bool("_enumerate_dim" in infer or infer.get("enumerate")),

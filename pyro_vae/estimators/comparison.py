@@ -24,6 +24,7 @@ from pyro_vae.estimators.gradients import leaves, loss_to_differentiate
 from pyro_vae.estimators.measures import Moments, peak_memory
 from pyro_vae.estimators.particles import local_sites, log_prob
 from pyro_vae.estimators.terminal import print_table, progress_bar
+from pyro_vae.handlers import data_frame
 from pyro_vae.programs import Program, num_inputs, placement, undisturbed
 
 if TYPE_CHECKING:
@@ -159,8 +160,7 @@ class _Bench:
         totals = zip(PARTS, (model_total, guide_total), strict=True)
         self.parts = {part: list(leaves(torch.as_tensor(total))) for part, total in totals}
         self.parameters = {*itertools.chain(*self.parts.values(), program.parameters())}
-        frames = local_sites(guide, observed=False)[0]["cond_indep_stack"]
-        self.num_data: int = next(frame.full_size for frame in frames if frame.name == "data")
+        self.num_data: int = data_frame(local_sites(guide, observed=False)[0]).full_size
         self.values = sum(site["value"].numel() for site in local_sites(model, observed=True))
 
     @property

@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.handlers import in_data_plate
+from pyro_vae.handlers import data_frame, in_data_plate
 
 __all__ = ["LogProbabilities", "Particles", "log_probabilities", "log_weights"]
 
@@ -317,7 +317,7 @@ class Particles:
         scales = [scale / weight for scale, weight in weighed if not _equal(weight, 0.0)]
         if scales and all(_equal(scale, scales[0]) for scale in scales) and not _equal(scales[0], 0.0):
             return scales[0]
-        frame = next(frame for frame in self.latents[0]["cond_indep_stack"] if frame.name == "data")
+        frame = data_frame(self.latents[0])
         return frame.full_size / frame.size
 
     def _check_reparameterized(self) -> None:

@@ -27,6 +27,7 @@ from pyro_vae.estimators.divergences import (
 from pyro_vae.estimators.gradients import Estimator
 from pyro_vae.estimators.kernels import RBF, squared_mmd
 from pyro_vae.estimators.particles import Particles, local_sites, log_prob
+from pyro_vae.handlers import data_frame
 from pyro_vae.schedules import Schedule
 
 __all__ = ["MMD", "BetaTC", "Capacity", "FreeBits"]
@@ -282,7 +283,7 @@ class BetaTC(Regularized):
         return weights[0]
 
     def _num_data(self, particles: Particles) -> int:
-        frame = next(frame for frame in particles.latents[0]["cond_indep_stack"] if frame.name == "data")
+        frame = data_frame(particles.latents[0])
         check_batch(self, frame.size)
         if self.size is None and frame.full_size == frame.size:
             raise ValueError(
