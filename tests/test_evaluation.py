@@ -20,8 +20,8 @@ from pyro_vae.data import InMemory
 
 
 def test_log_likelihood_is_exact_at_the_exact_posterior(monkeypatch):
-    monkeypatch.setattr(evaluation, "_VALUES_AT_ONCE", 3 * 4 * 2)  # several batches, the last one smaller
-    monkeypatch.setattr(evaluation, "_PARTICLES_AT_ONCE", 4)  # several passes, the last one smaller
+    monkeypatch.setattr(evaluation.batches, "VALUES_AT_ONCE", 3 * 4 * 2)  # several batches, the last one smaller
+    monkeypatch.setattr(evaluation.summary, "PARTICLES_AT_ONCE", 4)  # several passes, the last one smaller
     program, x = LinearGaussian(), torch.randn(5, 3, dtype=torch.float64)
     got = evaluation.log_likelihood(program, x, num_particles=10)
     torch.testing.assert_close(got, program.evidence(x).detach(), rtol=0, atol=1e-10)

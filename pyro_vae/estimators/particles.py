@@ -227,7 +227,7 @@ class Particles:
     ):
         plate = _LocalPlate("particles", num_particles, dim=-2)
         self._random_state = random_state(args)
-        self._run_guide = lambda: poutine.trace(_given(plate(guide), shared or {})).get_trace(*args, **kwargs)
+        self._run_guide = lambda: poutine.trace(given(plate(guide), shared or {})).get_trace(*args, **kwargs)
         self.num_particles, self.reparameterized = num_particles, reparameterized
         with nullcontext() if reparameterized else _changed(_detached):
             self.guide = self._run_guide()
@@ -236,7 +236,7 @@ class Particles:
         # What is scored is told apart from what later latents depend on, and from what a flow remembers of its draw.
         self._scored = {site["name"]: site["value"].view_as(site["value"]) for site in self.latents}
         values = _values(self.guide) | self._scored
-        self.model = poutine.trace(_given(plate(model), values)).get_trace(*args, **kwargs)
+        self.model = poutine.trace(given(plate(model), values)).get_trace(*args, **kwargs)
         self._check_latents()
         self.scale = self._outer_scale()
 
@@ -341,8 +341,8 @@ def _values(trace: Any) -> dict[str, Tensor]:
     return {site["name"]: site["value"] for site in sites if site["type"] == "sample" and not site["is_observed"]}
 
 
-def _given(program: Callable, values: Mapping[str, Tensor]) -> Callable:
-    """A model or guide with values for some of what it draws."""
+def given(program: Callable, values: Mapping[str, Tensor]) -> Callable:
+    """A model or guide with values for some of what it draws, by site."""
     trace: Any = poutine.Trace()
     for name, value in values.items():
         trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})

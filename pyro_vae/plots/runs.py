@@ -1,4 +1,4 @@
-"""Figures: arrays in, a matplotlib `Figure` out, without touching matplotlib's global state."""
+"""Figures of a run: its training, its data and draws, its latents, its estimators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["estimators", "image_grid", "latent_space", "reconstructions", "training_curve"]
+__all__ = ["estimators", "image_grid", "is_image", "latent_space", "reconstructions", "training_curve"]
 
 
 def training_curve(history: pd.DataFrame) -> Figure:

@@ -1,0 +1,170 @@
+"""Draws of a program's latents and data, several a datum: what exports and diagnostics are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vae.estimators.particles import given, local_sites, log_prob
+from pyro_vae.evaluation.generation import observed_sites
+from pyro_vae.handlers import in_data_plate
+from pyro_vae.programs import Program
+
+__all__ = ["Draws", "posterior_draws", "predictive_draws", "prior_draws"]
+
+
+class Draws(NamedTuple):
+    """S draws for each of the B data of a batch, and their log-probabilities in nats, unscaled.
+
+    Attributes:
+        latents: Local latents by site, of shape `(S, B, *event_shape)`.
+        shared: Global latents by site, of shape `(S, 1, *event_shape)`: each draw is shared by all data.
+        log_prior: log p(z), of shape `(S, B)`.
+        log_likelihood: log p(x given z) by observed site, of shape `(S, B)`.
+        log_posterior: log q(z given x), of shape `(S, B)`.
+    """
+
+    latents: dict[str, Tensor]
+    shared: dict[str, Tensor]
+    log_prior: Tensor
+    log_likelihood: dict[str, Tensor]
+    log_posterior: Tensor
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Log p(x, z) - log q(z given x), of shape `(S, B)`."""
+        return self.log_prior + sum(self.log_likelihood.values()) - self.log_posterior
+
+
+def posterior_draws(
+    program: Program, *batch: Any, num_samples: int, shared: Mapping[str, Tensor] | None = None
+) -> Draws:
+    """Draw latents from the guide, and score them by guide and model.
+
+    Args:
+        program: Any program that keeps its local sites in one plate named "data".
+        *batch: What model and guide take.
+        num_samples: Number `S` of draws for each datum.
+        shared: Global latents that were drawn before, as of the first of several batches.
+
+    Raises:
+        ValueError: If no site is in a plate named "data", or model and guide have different local latents.
+
+    Example:
+        >>> import pyro_vae
+        >>> draws = posterior_draws(pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8), num_samples=5)
+        >>> draws.latents["z"].shape, draws.log_weights.shape
+        (torch.Size([5, 3, 2]), torch.Size([5, 3]))
+    """
+    plate = _samples(num_samples)
+    guide: Any = poutine.trace(given(plate(program.guide), shared or {})).get_trace(*batch)
+    model: Any = poutine.trace(poutine.replay(plate(program.model), trace=guide)).get_trace(*batch)
+    sites, priors = local_sites(guide, observed=False), local_sites(model, observed=False)
+    names = [sorted(site["name"] for site in each) for each in (priors, sites)]
+    if names[0] != names[1]:
+        raise ValueError(f"expected a guide with the model's latents {names[0]}, got {names[1]}")
+    size = len(batch[0])
+
+    def total(sites: list[Any]) -> Tensor:
+        return torch.as_tensor(sum(map(log_prob, sites))).expand(num_samples, size)
+
+    return Draws(
+        latents={site["name"]: _expanded(site, num_samples, size) for site in sites},
+        shared=_shared(guide),
+        log_prior=total(priors),
+        log_likelihood={site["name"]: total([site]) for site in local_sites(model, observed=True)},
+        log_posterior=total(sites),
+    )
+
+
+def prior_draws(
+    program: Program, *batch: Any, num_samples: int, shared: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Draw latents from the prior and data from the model, the data of the batch withheld.
+
+    Global latents are drawn from the guide: they are what training has learned.
+
+    Args:
+        program: Any program whose observed site is "x", or whose sites "x.<part>" hold its columns in order.
+        *batch: What model and guide take; of the first tensor, x, only the shape is used.
+        num_samples: Number `S` of draws for each datum.
+        shared: Global latents that were drawn before, as of the first of several batches.
+
+    Returns:
+        Local latents by site, of shape `(S, B, *event_shape)`, and data of shape `(S, *x.shape)`.
+
+    Example:
+        >>> import pyro_vae
+        >>> latents, x = prior_draws(pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8), num_samples=5)
+        >>> latents["z"].shape, x.shape
+        (torch.Size([5, 3, 2]), torch.Size([5, 3, 8, 8]))
+    """
+    plate = _samples(num_samples)
+    if shared is None:
+        shared = _shared(poutine.trace(plate(program.guide)).get_trace(*_withheld(batch)))
+    model = _simulated(plate(program.model), shared, batch)
+    latents = local_sites(model, observed=False)
+    expanded = {site["name"]: _expanded(site, num_samples, len(batch[0])) for site in latents if not _is_x(site)}
+    return expanded, _data(model, num_samples, batch[0])
+
+
+def predictive_draws(program: Program, *batch: Any, draws: Draws) -> Tensor:
+    """Draw data at draws of the latents, the data of the batch withheld: never are these handed back.
+
+    Args:
+        program: Any program whose observed site is "x", or whose sites "x.<part>" hold its columns in order.
+        *batch: What model and guide take; of the first tensor, x, only the shape is used.
+        draws: Draws of the latents, as of `posterior_draws`.
+
+    Returns:
+        A tensor of shape `(S, *x.shape)`.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae, x = pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8)
+        >>> predictive_draws(vae, x, draws=posterior_draws(vae, x, num_samples=5)).shape
+        torch.Size([5, 3, 8, 8])
+    """
+    num_samples = len(draws.log_posterior)
+    model = _simulated(_samples(num_samples)(program.model), draws.latents | draws.shared, batch)
+    return _data(model, num_samples, batch[0])
+
+
+def _samples(num_samples: int) -> Any:
+    return pyro.plate("samples", num_samples, dim=-2)
+
+
+def _withheld(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A batch whose data are zeros, so that nothing of them can come back by any way."""
+    return torch.zeros_like(batch[0]), *batch[1:]
+
+
+def _simulated(model: Callable, values: Mapping[str, Tensor], batch: tuple[Any, ...]) -> Any:
+    return poutine.trace(given(poutine.uncondition(model), values)).get_trace(*_withheld(batch))
+
+
+def _shared(trace: Any) -> dict[str, Tensor]:
+    sites = [site for site in trace.nodes.values() if site["type"] == "sample" and not site["is_observed"]]
+    return {site["name"]: site["value"] for site in sites if not in_data_plate(site) and not site_is_subsample(site)}
+
+
+def _expanded(site: Any, num_samples: int, size: int) -> Tensor:
+    """The values of a site for each draw and datum, which may share some."""
+    value, event_dim = site["value"], site["fn"].event_dim
+    return value.expand(num_samples, size, *value.shape[value.ndim - event_dim :])
+
+
+def _is_x(site: Any) -> bool:
+    return site["name"] == "x" or site["name"].startswith("x.")
+
+
+def _data(model: Any, num_samples: int, x: Tensor) -> Tensor:
+    parts = [_expanded(site, num_samples, len(x)) for site in observed_sites(model)]
+    drawn = parts[0] if len(parts) == 1 else torch.cat([part.reshape(num_samples, len(x), -1) for part in parts], -1)
+    return drawn.reshape(num_samples, *x.shape)
