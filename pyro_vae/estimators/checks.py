@@ -14,6 +14,7 @@ from pyro.ops.provenance import get_provenance
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae.estimators.particles import same
 from pyro_vae.handlers import in_data_plate
 
 __all__ = ["check"]
@@ -82,10 +83,10 @@ class _Program:
         self.auxiliary = self.guide.keys() - self.model.keys()
         self.unreparameterized: list[str] = [name for name, site in self.guide.items() if not _has_rsample(site)]
         sites = [*self.model.values(), *self.guide.values()]
-        subsampled = any(not _same(_plate_scale(site), 1.0) for site in sites)
+        subsampled = any(not same(_plate_scale(site), 1.0) for site in sites)
         weights = [site["scale"] / _plate_scale(site) for site in sites]
-        self.weighted: bool = not all(_same(weights[0], weight) for weight in weights)
-        self.scaled: bool = subsampled or not (self.weighted or _same(weights[0], 1.0))
+        self.weighted: bool = not all(same(weights[0], weight) for weight in weights)
+        self.scaled: bool = subsampled or not (self.weighted or same(weights[0], 1.0))
         # With a global latent, a batch has one weight; with local ones alone, each datum has its own.
         self.factorizes: bool = all(in_data_plate(site) for site in [*self.latents.values(), *self.guide.values()])
         self.num_data: int = max(
@@ -156,13 +157,6 @@ def _plate_scale(site: Any) -> float:
     return scale
 
 
-def _same(first: Any, second: Any) -> bool:
-    a, b = (torch.as_tensor(value, dtype=torch.float64, device="cpu").squeeze() for value in (first, second))
-    if a.ndim and b.ndim and a.shape != b.shape:
-        return False
-    return bool(torch.isclose(a, b).all())
-
-
 def _frames(site: Any) -> set[str]:
     return {frame.name for frame in site["cond_indep_stack"]}
 
@@ -224,7 +218,7 @@ def _scaled_on_one_side(estimator: Any, program: _Program) -> list[str]:
     return [
         name
         for name, p, q in program.pairs
-        if not (_same(p["scale"], q["scale"]) and _same(_mask(p), _mask(q))) and _closed_form(q, p)
+        if not (same(p["scale"], q["scale"]) and same(_mask(p), _mask(q))) and _closed_form(q, p)
     ]
 
 

@@ -10,9 +10,9 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
-from pyro_vae.estimators.particles import Particles, local_sites, log_prob
+from pyro_vae.estimators.particles import Particles, local_sites, log_prob, same
 
-__all__ = ["by_dimension", "counts", "divergences", "num_data", "over_data", "relative", "same", "side_by_side"]
+__all__ = ["by_dimension", "counts", "divergences", "num_data", "over_data", "relative", "side_by_side"]
 
 
 def divergences(particles: Particles, each_dimension: bool = False) -> Tensor:
@@ -82,10 +82,3 @@ def counts(particles: Particles) -> Tensor:
 def side_by_side(sites: list[Any]) -> Tensor:
     """The values of latents, of shape `(K, B, D)`."""
     return torch.cat([site["value"].reshape(*site["value"].shape[:2], -1) for site in sites], -1)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two scales or masks are one."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or torch.equal(one, other)
-    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)

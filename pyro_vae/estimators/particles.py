@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import cached_property
@@ -295,7 +296,7 @@ class Particles:
     def is_weighted(self) -> bool:
         """Whether latents weigh otherwise than the data do, under `beta` for example."""
         sites = [*self.latents, *local_sites(self.model, observed=False)]
-        return not all(_equal(site["scale"], self.scale) for site in sites)
+        return not all(same(site["scale"], self.scale) for site in sites)
 
     def _sum(self, sites: Iterable[Any], weighted: bool = True) -> Tensor:
         total = sum(log_prob(site, site["scale"] / self.scale if weighted else 1.0) for site in sites)
@@ -314,8 +315,8 @@ class Particles:
         weighed = [
             (site["scale"], site["infer"].get("_weight", 1.0)) for site in local_sites(self.model, observed=True)
         ]
-        scales = [scale / weight for scale, weight in weighed if not _equal(weight, 0.0)]
-        if scales and all(_equal(scale, scales[0]) for scale in scales) and not _equal(scales[0], 0.0):
+        scales = [scale / weight for scale, weight in weighed if not same(weight, 0.0)]
+        if scales and all(same(scale, scales[0]) for scale in scales) and not same(scales[0], 0.0):
             return scales[0]
         frame = data_frame(self.latents[0])
         return frame.full_size / frame.size
@@ -349,7 +350,11 @@ def given(program: Callable, values: Mapping[str, Tensor]) -> Callable:
     return poutine.replay(program, trace=trace)
 
 
-def _equal(scale: Any, other: Any) -> bool:
-    if isinstance(scale, Tensor) or isinstance(other, Tensor):
-        return scale is other or bool((torch.as_tensor(scale) == torch.as_tensor(other, device=scale.device)).all())
-    return scale == other
+def same(one: Any, other: Any) -> bool:
+    """Whether two scales, or two masks, are one, up to rounding; a tensor may be compared with a number."""
+    if one is other or one is None or other is None:
+        return one is other
+    if not isinstance(one, Tensor) and not isinstance(other, Tensor):
+        return math.isclose(one, other)
+    a, b = (torch.as_tensor(value, dtype=torch.float64, device="cpu").squeeze() for value in (one, other))
+    return not (a.ndim and b.ndim and a.shape != b.shape) and bool(torch.isclose(a, b).all())

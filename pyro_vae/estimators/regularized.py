@@ -21,12 +21,11 @@ from pyro_vae.estimators.divergences import (
     num_data,
     over_data,
     relative,
-    same,
     side_by_side,
 )
 from pyro_vae.estimators.gradients import Estimator
 from pyro_vae.estimators.kernels import RBF, squared_mmd
-from pyro_vae.estimators.particles import Particles, local_sites, log_prob
+from pyro_vae.estimators.particles import Particles, local_sites, log_prob, same
 from pyro_vae.handlers import data_frame
 from pyro_vae.schedules import Schedule
 
