@@ -69,6 +69,7 @@ def posterior_draws(
     names = [sorted(site["name"] for site in each) for each in (priors, sites)]
     if names[0] != names[1]:
         raise ValueError(f"expected a guide with the model's latents {names[0]}, got {names[1]}")
+    observed = [site for site in local_sites(model, observed=True) if not site["infer"].get("_deterministic")]
     size = len(batch[0])
 
     def total(sites: list[Any]) -> Tensor:
@@ -78,7 +79,7 @@ def posterior_draws(
         latents={site["name"]: _expanded(site, num_samples, size) for site in sites},
         shared=_shared(guide),
         log_prior=total(priors),
-        log_likelihood={site["name"]: total([site]) for site in local_sites(model, observed=True)},
+        log_likelihood={site["name"]: total([site]) for site in observed},
         log_posterior=total(sites),
     )
 

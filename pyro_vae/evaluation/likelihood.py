@@ -4,35 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from pyro_vae.estimators.terminal import progress_bar
+from pyro_vae.evaluation.annealed import annealed_log_likelihood
 from pyro_vae.evaluation.summary import summarize
 from pyro_vae.programs import Program
 
 __all__ = ["bits_per_dimension", "log_likelihood"]
 
 
-def log_likelihood(program: Program, data: Any, num_particles: int = 5000, *, seed: int = 0) -> Tensor:
-    r"""Importance-weighted estimate of each datum's log evidence, a lower bound in expectation that rises with K.
+def log_likelihood(
+    program: Program,
+    data: Any,
+    num_particles: int | None = None,
+    *,
+    method: Literal["importance", "ais"] = "importance",
+    seed: int = 0,
+    progress: bool = True,
+) -> Tensor:
+    r"""Estimate of each datum's log evidence, a lower bound in expectation that rises with K.
 
-    .. math:: \log \hat p(x) = \log \tfrac1K \sum_k \frac{p(x, z_k)}{q(z_k \mid x)}, \quad z_k \sim q(z \mid x)
+    .. math:: \log \hat p(x) = \log \tfrac1K \sum_k w_k
+
+    By importance sampling a weight is :math:`p(x, z_k) / q(z_k \mid x)` of one draw from the guide. By annealed
+    importance sampling it is that of a chain from the prior to the posterior, which takes a few thousand times as long
+    and owes nothing to the guide: see `annealed_log_likelihood`, which also takes the chains' length and gives errors.
 
     Args:
         program: Any program that keeps its local sites in one plate named "data".
         data: Tensor, array, `Dataset` or `DataLoader`.
-        num_particles: Number `K` of particles a datum; memory does not depend on it.
-        seed: Seed of the particles.
+        num_particles: Number `K` of weights a datum: particles, or annealed chains. None is 5,000 particles, or 16
+            chains. Memory does not depend on it.
+        method: "importance", or "ais" for annealed importance sampling.
+        seed: Seed of the particles or chains.
+        progress: Whether to show a progress bar past two seconds.
 
     Returns:
         A tensor of shape `(N,)`, in nats, float64.
 
     Raises:
-        ValueError: If `num_particles` is not positive, or the data do not suit the program.
+        ValueError: If `num_particles` is not positive, the method is another, a latent is discrete (with "ais"), or the
+            data do not suit the program.
 
     Reference:
-        Burda, Grosse and Salakhutdinov, 2016. Importance weighted autoencoders.
+        Burda, Grosse and Salakhutdinov, 2016. Importance weighted autoencoders. Wu et al., 2017. On the quantitative
+        analysis of decoder-based generative models.
 
     Example:
         >>> import pyro_vae
@@ -40,7 +59,15 @@ def log_likelihood(program: Program, data: Any, num_particles: int = 5000, *, se
         >>> log_likelihood(pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8), num_particles=10).shape
         torch.Size([3])
     """
-    return summarize(program, data, num_particles, seed=seed).log_likelihood
+    if method == "ais":
+        num_chains = 16 if num_particles is None else num_particles
+        return annealed_log_likelihood(program, data, num_chains, seed=seed, progress=progress).log_evidence
+    if method != "importance":
+        raise ValueError(f'method: expected "importance" or "ais", got {method!r}')
+    num_particles = 5000 if num_particles is None else num_particles
+    with progress_bar(1, progress) as begin:
+        advance = begin("importance sampling")
+        return summarize(program, data, num_particles, seed=seed, advance=advance).log_likelihood
 
 
 def bits_per_dimension(log_likelihood: Tensor, event_shape: Sequence[int], bins: int | None = None) -> Tensor:
