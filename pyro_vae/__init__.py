@@ -1,9 +1,12 @@
 """Variational autoencoders written as probabilistic programs on Pyro."""
 
 from pyro_vae import (
+    comparison,
     data,
+    diagnostics,
     estimators,
     evaluation,
+    export,
     handlers,
     likelihoods,
     networks,
@@ -13,6 +16,7 @@ from pyro_vae import (
     schedules,
     training,
 )
+from pyro_vae.export import to_arviz
 from pyro_vae.expressions import build
 from pyro_vae.programs import VAE
 from pyro_vae.runs import load
@@ -22,9 +26,12 @@ __version__ = "0.1.0"
 __all__ = [
     "VAE",
     "build",
+    "comparison",
     "data",
+    "diagnostics",
     "estimators",
     "evaluation",
+    "export",
     "fit",
     "handlers",
     "likelihoods",
@@ -34,5 +41,6 @@ __all__ = [
     "priors",
     "programs",
     "schedules",
+    "to_arviz",
     "training",
 ]

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 CONFIG, MODEL, HISTORY, METRICS = "config.yaml", "model.safetensors", "history.csv", "metrics.json"
+DIAGNOSTICS, POSTERIOR = "diagnostics.json", "posterior.nc"
 CHECKPOINT = Path("checkpoint") / "last.safetensors"
 FIGURES = "figures"
 
@@ -76,7 +77,7 @@ def check_free(out: Path, resume: bool = False, overwrite: bool = False) -> None
 
 def clear(out: Path) -> None:
     """Remove what a run has written to `out`, and nothing else."""
-    for path in (CONFIG, MODEL, HISTORY, METRICS, CHECKPOINT):
+    for path in (CONFIG, MODEL, HISTORY, METRICS, DIAGNOSTICS, POSTERIOR, CHECKPOINT):
         (out / path).unlink(missing_ok=True)
     for path in (out / FIGURES).glob("*.png"):
         path.unlink()

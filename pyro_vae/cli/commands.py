@@ -12,7 +12,8 @@ import typer
 from torch import nn
 
 import pyro_vae
-from pyro_vae import evaluation, expressions, plots, runs
+from pyro_vae import diagnostics, evaluation, expressions, plots, runs
+from pyro_vae.cli import diagnosis as page
 from pyro_vae.cli import output
 from pyro_vae.cli.configuration import DATA
 from pyro_vae.data import InMemory, Splits
@@ -276,6 +277,71 @@ def compare_estimators(
 
 
 @app.command()
+def export(
+    run: Run,
+    out: Annotated[
+        Path | None, _option("A NetCDF file (.nc) or Zarr store (.zarr). [default: RUN/posterior.nc]")
+    ] = None,
+    num_samples: Annotated[int, _option("Draws for each datum.")] = 500,
+    num_data: Annotated[int | None, _option("Test data, the first ones. [default: all]")] = None,
+    chunk: Annotated[int | None, _option("Data at a time. [default: what keeps memory low]")] = None,
+    reweight: Annotated[
+        str | None, _option("psis, to resample draws by their Pareto-smoothed importance weights.")
+    ] = None,
+    data: Annotated[str | None, _option("Other data than the run's.")] = None,
+    data_root: Annotated[str | None, _option("Folder of torchvision's data sets.")] = None,
+    seed: Annotated[int, _option("Seed of all draws.")] = 0,
+    device: Device = "auto",
+    overwrite: Annotated[bool, _option("Replace what --out names.", "--overwrite")] = False,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Write draws of latents and data, given a run's test data, in the schema of ArviZ."""
+    out = out or run / runs.POSTERIOR
+    output.check_suffix(out, (".nc", ".zarr"))
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists: replace it (--overwrite) or name another (--out)")
+    program, test = _load(run, data, data_root, device, trust)
+    path = pyro_vae.export.write_arviz(
+        program,
+        _first(test, num_data),
+        out,
+        num_samples=num_samples,
+        chunk=chunk,
+        reweight=reweight,
+        seed=seed,
+        config=runs.read_config(run),
+    )
+    output.say(f"draws: {path}; read them with xarray.open_datatree({str(path)!r})")
+
+
+@app.command()
+def diagnose(
+    run: Run,
+    only: Annotated[
+        list[str] | None, _option(f"A check to run, of {', '.join(diagnostics.CHECKS)}; may be given several times.")
+    ] = None,
+    num_data: Annotated[int, _option("Test data, the first ones; checks that are dear take fewer.")] = 1000,
+    strict: Annotated[bool, _option("Exit with 1 if a check does not hold.", "--strict")] = False,
+    data: Annotated[str | None, _option("Other data than the run's.")] = None,
+    data_root: Annotated[str | None, _option("Folder of torchvision's data sets.")] = None,
+    seed: Annotated[int, _option("Seed of all draws.")] = 0,
+    device: Device = "auto",
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Ask whether the inference of a run worked: what holds, what does not, what to try."""
+    program, test = _load(run, data, data_root, device, trust)
+    some = _first(test, num_data)
+    diagnosis = diagnostics.diagnose(program, some, only=only or None, seed=seed)
+    page.write(run, diagnosis)
+    page.print_page(diagnosis, len(some))
+    output.say(f"figures and numbers: {run / runs.FIGURES}, {run / runs.DIAGNOSTICS}")
+    if strict and diagnosis.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def components(debug: Debug = False) -> None:
     """List the priors, likelihoods, posteriors and networks, with their arguments."""
     output.list_components()
@@ -298,6 +364,12 @@ def _load(run: Path, data: str | None, root: str | None, device: str, trust: boo
             f"{asked['data']}: expected the categories {known[name]} in {name}, got {list(test.categories[name])}"
         )
     return program.to(fabric(device).device), test
+
+
+def _first(test: InMemory, num_data: int | None) -> InMemory:
+    if num_data is not None and num_data < 1:
+        raise ValueError(f"--num-data: expected a positive number, got {num_data}")
+    return test.select(slice(num_data))
 
 
 def _can_start_at_mean(program: Program) -> bool:

@@ -1,0 +1,52 @@
+"""One page of what the checks of a run found, on the terminal and on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pyro_vae import plots, runs
+from pyro_vae.diagnostics import Diagnosis, Refusal
+
+__all__ = ["print_page", "write"]
+
+MARKS = {True: "[green]holds[/]", False: "[red]does not[/]", None: "[yellow]cannot tell[/]"}
+
+
+def print_page(diagnosis: Diagnosis, num_data: int) -> None:
+    """Show what holds, what does not, and what to try."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"{num_data:,} test data", box=box.SIMPLE_HEAD, show_edge=False, title_justify="left")
+    table.add_column("check", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("found, and what to try", overflow="fold")
+    for name, verdict in diagnosis.verdicts.items():
+        advice = f"\n[bold]try:[/] {escape(verdict.advice)}" if verdict.advice else ""
+        table.add_row(name, MARKS[verdict.holds], escape(verdict.finding) + advice)
+    console = Console()
+    console.print(table)
+    counts = [sum(v.holds is holds for v in diagnosis.verdicts.values()) for holds in MARKS]
+    console.print("{} of {} checks hold, {} do not, {} cannot tell".format(counts[0], sum(counts), *counts[1:]))
+
+
+def write(run: Path, diagnosis: Diagnosis) -> None:
+    """Write verdicts and numbers to `diagnostics.json`, and a figure of each check."""
+    content = {}
+    for name, result in diagnosis.results.items():
+        content[name] = result.verdict._asdict() | {"numbers": _numbers(result)}
+        if not isinstance(result, Refusal):
+            with runs.replacing(run / runs.FIGURES / f"{name}.png") as temporary:
+                getattr(plots, name)(result).savefig(temporary)
+    runs.write_json(run / runs.DIAGNOSTICS, content)
+
+
+def _numbers(result: Any) -> dict[str, float]:
+    """What of a result is a single number, field or property."""
+    names = [name for name in dir(result) if not name.startswith("_") and not callable(getattr(result, name))]
+    values = {name: getattr(result, name) for name in names}
+    values = {name: value.item() if getattr(value, "numel", int)() == 1 else value for name, value in values.items()}
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}

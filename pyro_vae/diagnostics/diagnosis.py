@@ -1,0 +1,110 @@
+"""All checks of a program on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pyro_vae.diagnostics.calibration import calibration
+from pyro_vae.diagnostics.collapse import collapse
+from pyro_vae.diagnostics.gaps import inference_gap
+from pyro_vae.diagnostics.khat import khat
+from pyro_vae.diagnostics.nuts import nuts
+from pyro_vae.diagnostics.predictive import predictive_checks
+from pyro_vae.diagnostics.verdict import Verdict
+from pyro_vae.evaluation import checked_batches
+from pyro_vae.programs import Program
+
+__all__ = ["CHECKS", "Diagnosis", "Refusal", "diagnose"]
+
+
+class Refusal(NamedTuple):
+    """What stands for the result of a check that a program cannot have.
+
+    Attributes:
+        reason: Why not, in one line.
+    """
+
+    reason: str
+
+    @property
+    def verdict(self) -> Verdict:
+        """That it cannot tell."""
+        return Verdict(None, self.reason)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The results of checks.
+
+    Attributes:
+        results: What each check returned, by name; a `Refusal` where the program cannot have it.
+    """
+
+    results: Mapping[str, Any]
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """What each check says, by name."""
+        return {name: result.verdict for name, result in self.results.items()}
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the checks that do not hold."""
+        return [name for name, verdict in self.verdicts.items() if verdict.holds is False]
+
+
+def _calibration(program: Program, x: Any, **options: Any) -> Any:
+    return calibration(program, like=x, **options)
+
+
+CHECKS: dict[str, Callable] = {
+    "collapse": collapse,
+    "predictive_checks": predictive_checks,
+    "khat": khat,
+    "inference_gap": inference_gap,
+    "calibration": _calibration,
+    "nuts": nuts,
+}
+"""The checks in the order of what they ask: are the latents used, do draws look like data, is the posterior right."""
+
+
+def diagnose(
+    program: Program, x: Any, *, only: Collection[str] | None = None, seed: int = 0, progress: bool = True
+) -> Diagnosis:
+    """Run all checks of a program, each with its own defaults.
+
+    A check that the program cannot have, such as `nuts` of discrete latents, is passed over with the reason.
+
+    Args:
+        program: Any program that keeps its local sites in one plate named "data".
+        x: Data that it was not fitted to: tensor, array, `Dataset` or `DataLoader`. The checks that are dear take the
+            first few of them.
+        only: Names of the checks to run; None runs all.
+        seed: Seed of each check.
+        progress: Whether to show a bar on stderr, past two seconds.
+
+    Returns:
+        A `Diagnosis`.
+
+    Raises:
+        ValueError: If a check is unknown, or the data do not suit the program.
+
+    Example:
+        >>> import pyro_vae, torch
+        >>> vae, x = pyro_vae.build((8, 8), latent=2), torch.ones(20, 8, 8)
+        >>> diagnose(vae, x, only=["khat"]).verdicts["khat"].holds
+        True
+    """
+    names = list(CHECKS) if only is None else list(only)
+    if unknown := [name for name in names if name not in CHECKS]:
+        raise ValueError(f"checks: expected names among {', '.join(CHECKS)}, got {', '.join(unknown)}")
+    checked_batches(program, x, 1)  # what is wrong with the data is not taken for what a check cannot do
+    results = {}
+    for name in names:
+        try:
+            results[name] = CHECKS[name](program, x, seed=seed, progress=progress)
+        except ValueError as error:
+            results[name] = Refusal(str(error).splitlines()[0])
+    return Diagnosis(results)
