@@ -2,9 +2,11 @@
 
 import os
 from importlib.metadata import version as installed_version
+from pathlib import Path
 
 # Pyro's progress bars miss a widget that no page uses; the kernels inherit this.
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1] / "examples")  # a page runs the parts of an example
 
 project = "pyro_vae"
 release = version = installed_version("pyro-vae")

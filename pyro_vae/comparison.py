@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pyro
@@ -33,6 +34,7 @@ __all__ = ["ConditionalLOO", "ModelComparison", "loo", "models"]
 CHAINS = 16  # of annealed importance sampling, by default
 LOW_ESS = 10  # of a datum's weights: below, their mean is that of a few, and the error itself cannot be trusted
 LOW_SHARE = 0.05  # of the data may have a low one
+MORE = {"importance": 'more num_particles, or method="ais"', "ais": "more num_temperatures"}  # what weights ask for
 NEGLIGIBLE = 4.0  # nats over all data, below which errors of a difference are not to be trusted (Sivula et al., 2025)
 
 
@@ -58,15 +60,21 @@ class ModelComparison:
     def verdict(self) -> Verdict:
         """Holds where the first program is ahead of each other one; None where one may be as good.
 
-        Ahead is a difference above two standard errors, of data and Monte Carlo together, when what the other's
-        estimate is too low by is taken off, and above 4 nats over all data. An estimate with low effective sample sizes
-        may be too low by any amount, and then nothing can be told.
+        Ahead is a difference beyond the 97.5 % quantile of Student's t, in standard errors of data and Monte Carlo
+        together, when what the other's estimate is too low by is taken off, and above 4 nats over all data. An estimate
+        with low effective sample sizes may be too low by any amount, and then nothing can be told.
         """
+        from scipy.stats import t
+
         num_data, best, rest = self.pointwise.sizes["datum"], self.table.iloc[0], self.table.iloc[1:]
         if num_data < 2:
             return Verdict(None, "one datum has no standard error", "more data")
         error = (rest.dse**2 + rest.mc_dse**2) ** 0.5
-        ahead = (rest.elpd_diff - rest.mc_bias > 2 * error) & (rest.elpd_diff > NEGLIGIBLE) & ~rest.warning
+        ahead = (
+            (rest.elpd_diff - rest.mc_bias > t.ppf(0.975, num_data - 1) * error)
+            & (rest.elpd_diff > NEGLIGIBLE)
+            & ~rest.warning
+        )
         shown = rest.index[0] if ahead.all() else rest.index[~ahead][0]
         difference, its_error = rest.elpd_diff[shown] / num_data, error[shown] / num_data
         finding = f"{best.name} is ahead of {shown} by {difference:.3f} ± {its_error:.3f} nats per datum"
@@ -76,7 +84,7 @@ class ModelComparison:
             finding += f", and may be as good as {', '.join(map(str, untold))}"
         if rest.warning[~ahead].any():
             low = f"{rest.low_ess[~ahead].max():.0%} of the data have weights of low effective size"
-            return Verdict(None, f"{finding}; {low}", 'more num_particles, or method="ais"')
+            return Verdict(None, f"{finding}; {low}", MORE[self.pointwise.attrs["method"]])
         return Verdict(None, finding, "more data, or the simpler program")
 
 
@@ -86,6 +94,7 @@ def models(
     num_particles: int | None = None,
     *,
     method: Literal["importance", "ais"] = "importance",
+    num_temperatures: int = 300,
     seed: int = 0,
     progress: bool = True,
 ) -> ModelComparison:
@@ -109,6 +118,7 @@ def models(
         x_test: Tensor, array, `Dataset` or `DataLoader` of N held-out data.
         num_particles: Number of weights a datum: particles, or annealed chains. None is 1,000 particles, or 16 chains.
         method: "importance", or "ais" for annealed importance sampling (see `evaluation.annealed_log_likelihood`).
+        num_temperatures: Number of steps of annealed chains.
         seed: Seed of the particles or chains.
         progress: Whether to show a progress bar past two seconds.
 
@@ -146,7 +156,7 @@ def models(
         raise ValueError(f"num_particles: expected a positive number, got {num_particles}")
     data = _fixed(programs, x_test, seed)
     _check_measures({name: _measure(program, data) for name, program in programs.items()})
-    estimate = _annealed if method == "ais" else _importance
+    estimate = partial(_annealed, num_temperatures=num_temperatures) if method == "ais" else _importance
     rows = []
     with progress_bar(len(programs), progress) as begin:
         for name, program in programs.items():
@@ -226,8 +236,11 @@ def _importance(program: Program, data: Any, num_particles: int, seed: int, adva
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def _annealed(program: Program, data: Any, num_chains: int, seed: int, advance: Any) -> tuple[Tensor, ...]:
-    found = annealed_log_likelihood(program, data, num_chains, seed=seed, advance=advance)
+def _annealed(
+    program: Program, data: Any, num_chains: int, seed: int, advance: Any, num_temperatures: int
+) -> tuple[Tensor, ...]:
+    options = {"num_temperatures": num_temperatures, "seed": seed, "advance": advance}
+    found = annealed_log_likelihood(program, data, num_chains, **options)
     return found.log_evidence, found.error, found.ess
 
 
@@ -252,7 +265,7 @@ def _table(pointwise: xr.Dataset) -> pd.DataFrame:
 
     num_data, num_particles = pointwise.sizes["datum"], pointwise.attrs["num_particles"]
     low_ess = (pointwise.ess < min(LOW_ESS, num_particles / 4)).mean("datum").to_series()
-    _warn(low_ess[low_ess > LOW_SHARE])
+    _warn(low_ess[low_ess > LOW_SHARE], MORE[pointwise.attrs["method"]])
     # The probabilities of whole images are too small for the numbers with which stacking weights are found, which, like
     # the differences, do not depend on what is taken off all programs' log evidence of a datum.
     relative = pointwise.log_evidence - pointwise.log_evidence.max("model")
@@ -282,12 +295,12 @@ def _table(pointwise: xr.Dataset) -> pd.DataFrame:
     return table
 
 
-def _warn(low: pd.Series) -> None:
+def _warn(low: pd.Series, advice: str) -> None:
     if len(low):
         shares = ", ".join(f"{share:.0%} of the data with {name}" for name, share in low.items())
         warnings.warn(
             f"models: weights of low effective size for {shares}, whose evidence may be far higher than estimated; "
-            'take more num_particles, or method="ais"',
+            f"take {advice}",
             stacklevel=4,
         )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pyro_vae import expressions
+from pyro_vae.files import replacing
 from pyro_vae.programs import Program
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "read_config",
-    "replacing",
     "versions",
     "weights",
     "write_checkpoint",
@@ -38,23 +37,6 @@ CONFIG, MODEL, HISTORY, METRICS = "config.yaml", "model.safetensors", "history.c
 DIAGNOSTICS, POSTERIOR = "diagnostics.json", "posterior.nc"
 CHECKPOINT = Path("checkpoint") / "last.safetensors"
 FIGURES = "figures"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it when all went well and removed otherwise.
-
-    Example:
-        >>> with replacing(Path("a.txt")) as temporary:  # doctest: +SKIP
-        ...     temporary.write_text("whole")
-    """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_free(out: Path, resume: bool = False, overwrite: bool = False) -> None:

@@ -84,17 +84,17 @@ def test_fit_writes_a_run_and_prints_a_table(fitted):
     assert len(pd.read_csv(folder / "runs/digits/history.csv")) == 2
 
 
-def test_evaluate_and_sample_work_later(fitted, tmp_path):
+def test_evaluate_and_sample_work_later(fitted, call, tmp_path):
     folder, _ = fitted
     path = folder / "runs/digits"
     before = json.loads((path / "metrics.json").read_text())
     done = run("evaluate", path, "--num-particles", "20", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((path / "metrics.json").read_text()) == before
-    run("evaluate", path, "--num-particles", "200", cwd=tmp_path)
+    assert call("evaluate", path, "--num-particles", 200)[0] == 0
     assert json.loads((path / "metrics.json").read_text())["test_nll"] < before["test_nll"]
     for name in ("samples.png", "samples.npy"):
-        assert run("sample", path, "--n", "9", "--out", name, cwd=tmp_path).returncode == 0
+        assert call("sample", path, "--n", 9, "--out", name)[0] == 0
     draws = np.load(tmp_path / "samples.npy")
     assert draws.shape == (9, 1, 8, 8)
     assert set(np.unique(draws)) == {0, 1}
@@ -398,6 +398,58 @@ def test_bad_comparisons_are_one_line(fitted, call, tmp_path, arguments, message
     assert (code, err.count("\n")) == (2, 1), err
     assert re.search(message, err), err
     assert not (folder / "runs/digits/figures/estimators.png").exists()
+
+
+def test_export_writes_draws_for_arviz(fitted, call, tmp_path):
+    import xarray as xr
+
+    run = fitted[0] / "runs/digits"
+    for name in ("draws.nc", "draws.zarr"):
+        arguments = ["export", run, "--out", name, "--num-samples", 30, "--num-data", 5]
+        code, out, err = call(*arguments)
+        assert code == 0, err
+        assert name in out
+        with xr.open_datatree(tmp_path / name) as tree:
+            assert dict(tree.posterior.z.sizes)["datum"] == 5
+            assert tree.posterior.sizes["draw"] == 30
+            assert tree.constant_data.label.shape == (5,)
+            assert "program: VAE" in tree.attrs["config"]
+        code, _, err = call(*arguments)
+        assert code == 2
+        assert f"{name} exists: replace it (--overwrite)" in err
+        assert call(*arguments, "--overwrite")[0] == 0
+
+
+def test_diagnose_says_what_holds(fitted, call):
+    run = fitted[0] / "runs/digits"
+    arguments = ["diagnose", run, "--num-data", 30, "--only", "khat", "--only", "calibration"]
+    code, out, err = call(*arguments)
+    assert code == 0, err
+    found = json.loads((run / "diagnostics.json").read_text())
+    assert list(found) == ["khat", "calibration"]
+    assert found["khat"]["numbers"]["share"] >= 0
+    assert [found[name]["holds"] for name in found] == [True, False]  # after two epochs; p-values are below 1e-6
+    assert "1 of 2 checks hold, 1 do not, 0 cannot tell" in out
+    assert all((run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in found)
+    assert call(*arguments, "--strict")[0] == 1
+    assert call("diagnose", run, "--num-data", 30, "--only", "khat", "--strict")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["diagnose", "--only", "luck"], "checks: expected names among collapse"),
+        (["diagnose", "--num-data", "0"], "--num-data: expected a positive number, got 0"),
+        (["export", "--out", "draws.txt"], "expected a name that ends in .nc, .zarr"),
+        (["export", "--num-samples", "0"], "num_samples"),
+        (["export", "--reweight", "luck"], "psis"),
+    ],
+)
+def test_bad_diagnoses_and_exports_are_one_line(fitted, call, arguments, message):
+    code, _, err = call(arguments[0], fitted[0] / "runs/digits", *arguments[1:])
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_components_lists_all_with_arguments_and_support(call):

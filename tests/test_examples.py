@@ -11,6 +11,10 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = {
     "first_vae.py": ["--epochs", "2"],
+    "bayesian_workflow.py": [
+        "--epochs", "1", "--test", "20", "--num-samples", "200", "--compared", "2", "--num-temperatures", "100",
+        "--checks", "collapse", "khat",
+    ],
     "posterior_collapse.py": [
         "--seeds", "1", "--epochs", "1", "--channels", "2", "--blocks", "1", "--num-particles", "2", "--digits", "2",
     ],
@@ -38,7 +42,11 @@ def test_every_example_is_listed():
     assert {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.py")} == set(EXAMPLES)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+# Those on data that are read from a folder take longest.
+SLOW = [name for name, arguments in EXAMPLES.items() if any("{root}" in argument for argument in arguments)]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EXAMPLES])
 def test_example(name, tmp_path, request):
     arguments = EXAMPLES[name]
     if any("{root}" in argument for argument in arguments):

@@ -8,6 +8,7 @@ import pytest
 import pyro_vae
 
 ORDER = [
+    "files",
     "networks",
     "distributions",
     "priors",

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import pyro_vae
 from pyro_vae import runs, schedules
-from pyro_vae.runs import replacing
+from pyro_vae.files import replacing
 
 
 @pytest.fixture

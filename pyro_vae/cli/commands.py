@@ -17,6 +17,7 @@ from pyro_vae.cli import diagnosis as page
 from pyro_vae.cli import output
 from pyro_vae.cli.configuration import DATA
 from pyro_vae.data import InMemory, Splits
+from pyro_vae.files import replacing
 from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.networks import Standardized
 from pyro_vae.programs import Program
@@ -220,7 +221,7 @@ def sample(
     if out.suffix == ".csv" and not recorded.get("columns"):
         raise ValueError(f"--out: expected a run whose data were a table to write {out}, got one without columns")
     means, draws = evaluation.sample(program, n, tuple(recorded.get("event_shape", ())), seed=seed)
-    with runs.replacing(out) as temporary:
+    with replacing(out) as temporary:
         if out.suffix == ".npy":
             import numpy as np
 

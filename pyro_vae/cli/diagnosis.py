@@ -7,6 +7,7 @@ from typing import Any
 
 from pyro_vae import plots, runs
 from pyro_vae.diagnostics import Diagnosis, Refusal
+from pyro_vae.files import replacing
 
 __all__ = ["print_page", "write"]
 
@@ -39,7 +40,7 @@ def write(run: Path, diagnosis: Diagnosis) -> None:
     for name, result in diagnosis.results.items():
         content[name] = result.verdict._asdict() | {"numbers": _numbers(result)}
         if not isinstance(result, Refusal):
-            with runs.replacing(run / runs.FIGURES / f"{name}.png") as temporary:
+            with replacing(run / runs.FIGURES / f"{name}.png") as temporary:
                 getattr(plots, name)(result).savefig(temporary)
     runs.write_json(run / runs.DIAGNOSTICS, content)
 

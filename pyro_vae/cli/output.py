@@ -15,6 +15,7 @@ import pyro_vae
 from pyro_vae import evaluation, plots, runs
 from pyro_vae.catalogue import KINDS, entries
 from pyro_vae.data import InMemory
+from pyro_vae.files import replacing
 from pyro_vae.programs import Program, undisturbed
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def write_figures(run: Path, program: Program, test: InMemory, history: Any) -> 
     if evaluation.takes_x_alone(program):
         figures["samples"] = plots.image_grid(evaluation.sample(program, 64, test.event_shape, seed=0)[0])
     for name, figure in figures.items():
-        with runs.replacing(run / runs.FIGURES / f"{name}.png") as temporary:
+        with replacing(run / runs.FIGURES / f"{name}.png") as temporary:
             figure.savefig(temporary)
 
 
@@ -110,7 +111,7 @@ def default_estimators(program: Program, batch: tuple[Any, ...]) -> tuple[str, .
 
 def write_comparison(out: Path, comparison: xr.Dataset) -> None:
     """Write a comparison of estimators, as what the name of the file says."""
-    with runs.replacing(out) as temporary:
+    with replacing(out) as temporary:
         if out.suffix == ".nc":
             comparison.to_netcdf(temporary)
         elif out.suffix == ".csv":

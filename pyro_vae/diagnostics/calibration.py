@@ -13,7 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.diagnostics.verdict import Verdict
+from pyro_vae.diagnostics.verdict import Verdict, holm
 from pyro_vae.estimators.particles import given, local_sites
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation import checked_batches, posterior_draws, prior_draws
@@ -57,10 +57,7 @@ class Calibration:
     @property
     def rejected(self) -> Tensor:
         """Which dimensions are not calibrated, of shape `(D,)`, by Holm's method at a family-wise level of 0.05."""
-        order = self.p_values.argsort()
-        levels = REJECTED / torch.arange(len(order), 0, -1)
-        passed = (self.p_values[order] > levels).cumsum(0) > 0  # from the first that passes, all do
-        return torch.zeros(len(order), dtype=torch.bool).scatter(0, order, ~passed)
+        return holm(self.p_values) <= REJECTED
 
     @property
     def shapes(self) -> list[str]:

@@ -102,7 +102,7 @@ def nuts(
     program: Program,
     x: Any,
     *,
-    num_data: int = 4,
+    num_data: int = 2,
     num_samples: int = 250,
     warmup_steps: int = 250,
     num_chains: int = 4,

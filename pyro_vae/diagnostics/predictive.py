@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution, constraints
 
 from pyro_vae import likelihoods
-from pyro_vae.diagnostics.verdict import Verdict
+from pyro_vae.diagnostics.verdict import Verdict, holm
 from pyro_vae.distributions import Grid, SoftBernoulli
 from pyro_vae.estimators.evidence import VALUES_AT_ONCE
 from pyro_vae.estimators.terminal import progress_bar
@@ -68,10 +68,7 @@ class PredictiveChecks:
     @property
     def adjusted(self) -> Tensor:
         """The p-values after Holm's correction for T statistics, of shape `(T,)`."""
-        order = self.p_values.argsort()
-        factors = torch.arange(len(order), 0, -1, dtype=torch.float64)
-        rising = (factors * self.p_values[order]).cummax(0).values.clamp(max=1)
-        return torch.empty_like(rising).scatter_(0, order, rising)
+        return holm(self.p_values)
 
     @property
     def _tail(self) -> Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Verdict"]
+import torch
+from torch import Tensor
+
+__all__ = ["Verdict", "holm"]
 
 
 class Verdict(NamedTuple):
@@ -27,3 +30,24 @@ class Verdict(NamedTuple):
     def __str__(self) -> str:
         said = {True: "holds", False: "does not hold", None: "cannot tell"}[self.holds]
         return f"{said}: {self.finding}" + (f"; try: {self.advice}" if self.advice else "")
+
+
+def holm(p_values: Tensor) -> Tensor:
+    r"""P-values corrected for there being several, so that the smallest keeps the level of one.
+
+    .. math:: \tilde p_{(i)} = \min\Bigl(1,\; \max_{j \le i}\, (n - j + 1)\, p_{(j)}\Bigr)
+
+    Args:
+        p_values: Tensor of shape `(n,)`, float64.
+
+    Reference:
+        Holm, 1979. A simple sequentially rejective multiple test procedure.
+
+    Example:
+        >>> holm(torch.tensor([0.02, 0.5, 0.04], dtype=torch.float64))
+        tensor([0.0600, 0.5000, 0.0800], dtype=torch.float64)
+    """
+    order = p_values.argsort()
+    factors = torch.arange(len(order), 0, -1, dtype=p_values.dtype)
+    rising = (factors * p_values[order]).cummax(0).values.clamp(max=1)
+    return torch.empty_like(rising).scatter_(0, order, rising)

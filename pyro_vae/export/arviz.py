@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.export.chunks import Chunks
-from pyro_vae.export.stores import WRITERS, Memory, replacing, tree
+from pyro_vae.export.stores import WRITERS, Memory, tree
+from pyro_vae.files import replacing
 from pyro_vae.programs import Program
 
 if TYPE_CHECKING:

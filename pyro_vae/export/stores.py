@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     import xarray as xr
 
-__all__ = ["WRITERS", "Memory", "Variables", "replacing", "tree"]
+__all__ = ["WRITERS", "Memory", "Variables", "tree"]
 
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]]
 """Variables and coordinates of a group by name: dimensions, values, attributes."""
@@ -151,25 +148,3 @@ WRITERS: dict[str, Any] = {".nc": _NetCDF, ".zarr": _Zarr}
 
 def _index(dims: tuple[str, ...], rows: slice) -> tuple[slice, ...]:
     return tuple(rows if dim == "datum" else slice(None) for dim in dims)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file or folder beside `path`, which takes its place when all went well and goes otherwise.
-
-    Example:
-        >>> with replacing(Path("draws.zarr")) as temporary:  # doctest: +SKIP
-        ...     write(temporary)
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, former = (path.with_name(f".{path.stem}.{os.getpid()}{kind}{path.suffix}") for kind in ("", ".former"))
-    try:
-        yield temporary
-        if path.is_dir():  # which no folder can replace
-            path.replace(former)
-        temporary.replace(path)
-    finally:
-        for left in (temporary, former):
-            if left.is_dir():
-                shutil.rmtree(left)
-            left.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from pyro.infer import ELBO
 
 from pyro_vae import evaluation, expressions, runs
 from pyro_vae.data import as_source
+from pyro_vae.files import replacing
 from pyro_vae.programs import Program, undisturbed
 from pyro_vae.training.history import History
 from pyro_vae.training.options import Options
@@ -167,7 +168,7 @@ class _Run:
             return
         tensors, meta = self.training.state()
         runs.write_checkpoint(self.folder / runs.CHECKPOINT, tensors, meta | self.history.meta())
-        with runs.replacing(self.folder / runs.HISTORY) as temporary:
+        with replacing(self.folder / runs.HISTORY) as temporary:
             self.history.frame().to_csv(temporary, index=False)
 
     def finish(self) -> None:
