@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from pyro_vae import posteriors, priors
 from pyro_vae.distributions import as_pyro, describe, same_support
 
-__all__ = ["VAE", "Program", "data_plate", "declare_parameters", "num_inputs", "observe", "placement", "undisturbed"]
+__all__ = [
+    "VAE",
+    "Program",
+    "check_param_sites",
+    "data_plate",
+    "declare_parameters",
+    "num_inputs",
+    "observe",
+    "placement",
+    "undisturbed",
+]
 
 
 MANY = 2**31  # tensors of a batch, of a program that takes any number
@@ -180,6 +190,31 @@ def declare_parameters(module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 pyro.param(f"{type(module).__name__}.{name}@{id(parameter):x}", parameter)
+
+
+def check_param_sites(program: Program, params: Mapping[str, Tensor]) -> None:
+    """Make sure that what a program has put into the param store are parameters of its own.
+
+    Args:
+        program: The program.
+        params: What the store holds after a run of it, by name.
+
+    Raises:
+        ValueError: If another is there, which neither training nor evaluation would know of.
+
+    Example:
+        >>> check_param_sites(nn.Linear(2, 1), {"scale": torch.ones(())})
+        Traceback (most recent call last):
+        ...
+        ValueError: param site 'scale' is no (contiguous) parameter of Linear and would be neither trained nor kept: make it an attribute, an nn.Parameter or a PyroParam
+    """  # noqa: E501
+    own = {id(parameter) for parameter in program.parameters()}
+    for name, parameter in params.items():
+        if id(parameter) not in own and not name.startswith("__"):  # baselines that estimators keep
+            raise ValueError(
+                f"param site {name!r} is no (contiguous) parameter of {type(program).__name__} and would be neither "
+                "trained nor kept: make it an attribute, an nn.Parameter or a PyroParam"
+            )
 
 
 def num_inputs(program: Program) -> int:

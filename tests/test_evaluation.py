@@ -189,7 +189,7 @@ class TwoParts(nn.Module):
     def model(self, x, *context):
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", Normal(5.0, 1.0).expand([1]).to_event(1))
-            z = pyro.deterministic("x.z", z, event_dim=1) * pyro.param("x.scale", torch.ones(()))  # neither is data
+            z = pyro.deterministic("x.z", z, event_dim=1) * pyro.param("x.scale", self.weight)  # neither is data
             pyro.sample("x.a", Normal(torch.cat([z, -z], -1), 0.01).to_event(1), obs=x[..., :2])
             pyro.sample("x.b", dist.Bernoulli(logits=1e4 * (z - 5)).to_event(1), obs=x[..., 2:])
 
@@ -280,3 +280,16 @@ def test_samples_take_global_latents_from_what_was_learned():
     for seed in range(3):  # under the prior of the scales, a draw's spread would be about 1
         _, draws = evaluation.sample(vae, 4000, (2,), seed=seed)
         torch.testing.assert_close(draws.std(0).log(), torch.full((2,), 5.0), atol=0.1, rtol=0)
+
+
+def test_parameters_in_the_store_are_refused():
+    """What `pyro.param` keeps there, evaluation would not see: it would be of the initial values."""
+
+    class Stored(LinearGaussian):
+        def guide(self, x):
+            self.scale = pyro.param("scale", torch.tensor(0.1, dtype=torch.float64))
+            super().guide(x)
+
+    with pytest.raises(ValueError, match="param site 'scale' is no .* parameter of Stored"):
+        evaluation.log_likelihood(Stored(), torch.randn(4, 3, dtype=torch.float64))
+    assert not list(pyro.get_param_store())

@@ -18,7 +18,7 @@ from pyro_vae.data.batches import Batches
 from pyro_vae.data.sets import InMemory
 from pyro_vae.distributions import Grid, describe
 from pyro_vae.handlers import in_data_plate
-from pyro_vae.programs import Program, undisturbed
+from pyro_vae.programs import Program, check_param_sites, undisturbed
 
 __all__ = ["check"]
 
@@ -54,6 +54,7 @@ def check(program: Program, batches: Batches) -> None:
             raise ValueError(f"x: expected data of event shape {tuple(expected)}, got {tuple(first[0].shape[1:])}")
         guide: Any = poutine.trace(program.guide).get_trace(*first)
         model: Any = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*first)
+        check_param_sites(program, pyro.get_param_store().get_state()["params"])
         _check_plates(guide)
         _check_plates(model)
         sites = [s for s in model.nodes.values() if s["type"] == "sample" and s["is_observed"] and in_data_plate(s)]

@@ -19,7 +19,7 @@ from pyro_vae import handlers, runs
 from pyro_vae.data import Batches, check
 from pyro_vae.estimators import checks
 from pyro_vae.estimators.gradients import loss_to_differentiate
-from pyro_vae.programs import Program, undisturbed
+from pyro_vae.programs import Program, check_param_sites, undisturbed
 from pyro_vae.training.options import Options, annealing, fabric, lr_scheduler, optimizer
 
 __all__ = ["NonFiniteError", "Step", "Training", "steps"]
@@ -162,13 +162,7 @@ class Training:
             self._check_parameters()
 
     def _check_parameters(self) -> None:
-        own = {id(parameter) for parameter in self.program.parameters()}
-        for name, parameter in self.objective.param_store["params"].items():
-            if id(parameter) not in own and not name.startswith("__"):  # baselines that estimators keep
-                raise ValueError(
-                    f"param site {name!r} is no (contiguous) parameter of {type(self.program).__name__} and would not "
-                    "be trained: make it an attribute, an nn.Parameter or a PyroParam"
-                )
+        check_param_sites(self.program, self.objective.param_store["params"])
         if all(parameter.grad is None for parameter in self.program.parameters()):
             raise ValueError(
                 f"no parameter of {type(self.program).__name__} has a gradient; does it call declare_parameters?"
