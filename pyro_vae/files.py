@@ -27,6 +27,8 @@ def replacing(path: Path) -> Iterator[Path]:
             path.replace(former)
         temporary.replace(path)
     finally:
+        if former.exists() and not path.exists():  # interrupted between the two
+            former.replace(path)
         for left in (temporary, former):
             if left.is_dir():
                 shutil.rmtree(left)

@@ -142,6 +142,27 @@ def test_few_simulations_cannot_tell_but_can_say_no():
     assert diagnostics.calibration(LinearGaussian(scale=0.2), 50, like=DATA).verdict.holds is False
 
 
+@pytest.mark.parametrize(("num_samples", "holds"), [(1, None), (19, None), (20, True)])
+def test_few_draws_cannot_tell(num_samples, holds):
+    """Of a single draw, ranks are uniform at any scale. An exact posterior fails with probability 0.05; seed 0."""
+    found = diagnostics.calibration(LinearGaussian(), num_samples=num_samples, like=DATA)
+    assert found.verdict.holds is holds
+    narrow = diagnostics.calibration(LinearGaussian(scale=0.05), num_samples=num_samples, like=DATA)
+    assert narrow.verdict.holds is (None if num_samples == 1 else False)
+    if holds is None:
+        assert "num_samples=20" in found.verdict.advice
+
+
+def test_draws_that_are_not_finite_have_no_rank():
+    class Diverged(LinearGaussian):
+        def posterior(self, x):
+            mean, std = super().posterior(x)
+            return mean * torch.tensor([1.0, torch.nan]), std
+
+    with pytest.raises(ValueError, match=r"calibration: expected finite draws from the guide, got .* in z\[1\]"):
+        diagnostics.calibration(Diverged(), 50, like=DATA)
+
+
 def test_holm():
     found = diagnostics.calibration(LinearGaussian(), 10, like=DATA)
     for p, rejected in (
@@ -186,8 +207,10 @@ def test_the_shape_of_the_data():
     assert hierarchy.names == ("z2[0]", "z2[1]", "z1[0]", "z1[1]", "z1[2]", "z1[3]")
     with pytest.raises(ValueError, match="TwoLatents: expected a program of x alone with .*event_shape.*like=x"):
         diagnostics.calibration(TwoLatents(), 20)
-    with pytest.raises(ValueError, match="expected positive numbers of data and draws, got num=0"):
+    with pytest.raises(ValueError, match="expected positive whole numbers of data and draws, got num=0"):
         diagnostics.calibration(vae, 0)
+    with pytest.raises(ValueError, match="expected positive whole numbers of data and draws, got num=100.0"):
+        diagnostics.calibration(vae, 1e2)
 
 
 def test_companions_of_the_data_are_used():

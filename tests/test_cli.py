@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import pyro_vae
-from pyro_vae import cli
+from pyro_vae import cli, diagnostics
 
 FIT = [
     "fit",
@@ -414,6 +414,7 @@ def test_export_writes_draws_for_arviz(fitted, call, tmp_path):
             assert tree.posterior.sizes["draw"] == 30
             assert tree.constant_data.label.shape == (5,)
             assert "program: VAE" in tree.attrs["config"]
+            assert "num_data: 5" in tree.attrs["config"]
         code, _, err = call(*arguments)
         assert code == 2
         assert f"{name} exists: replace it (--overwrite)" in err
@@ -431,8 +432,24 @@ def test_diagnose_says_what_holds(fitted, call):
     assert [found[name]["holds"] for name in found] == [True, False]  # after two epochs; p-values are below 1e-6
     assert "1 of 2 checks hold, 1 do not, 0 cannot tell" in out
     assert all((run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in found)
+    assert found["khat"]["num_data"] == 30
+    assert call("diagnose", run, "--num-data", 20, "--only", "khat")[0] == 0
+    again = json.loads((run / "diagnostics.json").read_text())
+    assert again["khat"]["num_data"] == 20
+    assert again["calibration"] == found["calibration"]
     assert call(*arguments, "--strict")[0] == 1
     assert call("diagnose", run, "--num-data", 30, "--only", "khat", "--strict")[0] == 0
+
+
+def test_an_interrupted_diagnosis_shows_what_is_done(fitted, call, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(diagnostics.CHECKS, "nuts", interrupted)
+    code, out, err = call("diagnose", fitted[0] / "runs/digits", "--num-data", 20, "--only", "khat", "--only", "nuts")
+    assert code == 130
+    assert "1 of 1 checks hold" in out
+    assert "interrupted" in err
 
 
 @pytest.mark.parametrize(
@@ -441,6 +458,7 @@ def test_diagnose_says_what_holds(fitted, call):
         (["diagnose", "--only", "luck"], "checks: expected names among collapse"),
         (["diagnose", "--num-data", "0"], "--num-data: expected a positive number, got 0"),
         (["export", "--out", "draws.txt"], "expected a name that ends in .nc, .zarr"),
+        (["export", "--data", "other.npy"], "--out: expected a name"),
         (["export", "--num-samples", "0"], "num_samples"),
         (["export", "--reweight", "luck"], "psis"),
     ],

@@ -53,6 +53,26 @@ def test_a_guide_that_is_the_prior(x):
     assert found.dead_dimensions == ("z[0]", "z[1]")
 
 
+def test_what_is_not_a_number_is_a_failure(x):
+    found = collapse(Shifted(slope=float("nan")), x)
+    assert found.verdict.holds is False
+    assert "nan nats" in found.verdict.finding
+    assert "not finite" in found.verdict.finding
+    with pytest.raises(ValueError, match="least_information: expected a positive number, got nan"):
+        collapse(LinearGaussian(), x, least_information=float("nan"))
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_decoder_that_ignores_what_the_guide_says(x, used):
+    """Another datum's latents change nothing then; where a wrong guide reconstructs badly, they do, to the better."""
+    program = Shifted(slope=1.0)
+    program.weight.data *= used
+    found = collapse(program, x)
+    assert found.verdict.holds is True
+    assert ("ignores them" in found.verdict.finding) is not used
+    assert (found.decoded > 0.1) if used else (found.decoded == 0)
+
+
 def test_one_dead_dimension_is_named_and_no_failure(x):
     found = collapse(HalfUsed(), x)
     assert found.verdict.holds is True

@@ -220,7 +220,7 @@ def test_first_data_alone():
     assert elbo_decomposition(program, DataLoader(TensorDataset(x), batch_size=7), num_data=20).num_data == 20
 
 
-@pytest.mark.parametrize("options", [{"num_samples": 0}, {"num_data": 0}])
-def test_numbers_are_positive(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))}: expected a positive number, got 0"):
+@pytest.mark.parametrize("options", [{"num_samples": 0}, {"num_data": 0}, {"num_data": 2.5}])
+def test_numbers_are_positive_and_whole(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: expected a positive whole number, got "):
         elbo_decomposition(LinearGaussian(), torch.zeros(3, 3, dtype=torch.float64), **options)

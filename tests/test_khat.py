@@ -122,6 +122,44 @@ def test_weights_that_no_tail_can_be_fitted_to():
     ))  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_without_density_hide_no_tail(dtype):
+    """A positive latent, whose guide is wide and off by six standard deviations, with some draws below zero."""
+
+    class Positive(nn.Module):
+        def model(self, x):
+            with data_plate(x):
+                z = pyro.sample("z", dist.HalfNormal(x.new_ones(5)).to_event(1))
+                pyro.sample("x", dist.Normal(z, 0.05).to_event(1), obs=x)
+
+        def guide(self, x):
+            with data_plate(x):
+                pyro.sample("z", dist.Normal(x + 0.3, 0.14).to_event(1))
+
+    program = Positive()
+    program.register_buffer("place", torch.zeros((), dtype=dtype))
+    found = diagnostics.khat(program, torch.full((10, 5), 0.05, dtype=dtype))
+    assert (found.khat > 1).all()
+    assert (found.ess < 100).all()
+    assert found.verdict.holds is False
+
+
+def test_rounding_is_that_of_the_tail():
+    """And where that is coarse, weights that seem the same are not known to be."""
+    pareto = torch.empty(1000, dtype=torch.float64).exponential_(2.0)
+    same = torch.zeros(1000, dtype=torch.float64)
+    weights = torch.stack([pareto, pareto, same, same, same], 1)
+    fine = torch.full_like(pareto, 1e-12)
+    least, some = fine.clone(), fine.clone()
+    least[pareto.argmin()] = math.inf
+    some[0] = 0.2
+    shapes, _ = pareto_shapes(weights, torch.stack([fine, least, fine, fine + 0.09, some], 1))
+    assert shapes[0].isfinite()
+    assert shapes[1] == shapes[0]
+    assert shapes[2:4].tolist() == [-math.inf] * 2
+    assert shapes[4].isnan()
+
+
 def test_where_it_cannot_tell():
     class Impossible(nn.Module):
         """Data at which the model has no density."""
@@ -161,5 +199,8 @@ def test_seeds_and_nothing_left_behind():
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
     assert vae.training
-    with pytest.raises(ValueError, match="num_particles: expected at least 25, which a tail needs, got 24"):
-        diagnostics.khat(vae, x, 24)
+    for num_particles in (24, 1e3):
+        with pytest.raises(ValueError, match=f"num_particles: expected a whole number from 25 on.*got {num_particles}"):
+            diagnostics.khat(vae, x, num_particles)
+    with pytest.raises(ValueError, match="threshold: expected a number, got nan"):
+        diagnostics.khat(vae, x, 50, threshold=math.nan)

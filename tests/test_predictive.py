@@ -247,7 +247,16 @@ def test_statistics_are_one_finite_number(statistic, got):
         predictive_checks(LinearGaussian(), torch.zeros(5, 3).double(), {"bad": statistic})
 
 
-@pytest.mark.parametrize("options", [{"statistics": {}}, {"num_samples": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"statistics": {}},
+        {"statistics": {"a": 3}},
+        {"statistics": [torch.mean]},
+        {"num_samples": 0},
+        {"num_samples": 9.0},
+    ],
+)
 def test_arguments(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
         predictive_checks(LinearGaussian(), torch.zeros(5, 3).double(), **options)

@@ -180,6 +180,23 @@ def test_bad_arguments_leave_no_directory(tmp_path, digits):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_is_back_where_an_interrupt_came_between(tmp_path, monkeypatch):
+    path, plain = tmp_path / "store", Path.replace
+    path.mkdir()
+    (path / "old").touch()
+
+    def interrupted(self, target):
+        if "former" in str(target):
+            plain(self, target)
+            raise KeyboardInterrupt
+        return plain(self, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.mkdir()
+        patched.setattr(Path, "replace", interrupted)
+    assert [each.name for each in tmp_path.rglob("*")] == ["store", "old"]
+
+
 def test_replacing_is_all_or_nothing(tmp_path):
     path = tmp_path / "a.json"
     runs.write_json(path, {"good": 1})

@@ -298,20 +298,24 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write draws of latents and data, given a run's test data, in the schema of ArviZ."""
+    if data and out is None:
+        raise ValueError("--out: expected a name for draws given other data than the run's, got none")
     out = out or run / runs.POSTERIOR
     output.check_suffix(out, (".nc", ".zarr"))
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists: replace it (--overwrite) or name another (--out)")
     program, test = _load(run, data, data_root, device, trust)
+    some = _first(test, num_data)
+    config = runs.read_config(run)
     path = pyro_vae.export.write_arviz(
         program,
-        _first(test, num_data),
+        some,
         out,
         num_samples=num_samples,
         chunk=chunk,
         reweight=reweight,
         seed=seed,
-        config=runs.read_config(run),
+        config={"run": config, "given": {"data": data or f"test data of {config['data']}", "num_data": len(some)}},
     )
     output.say(f"draws: {path}; read them with xarray.open_datatree({str(path)!r})")
 
@@ -324,7 +328,7 @@ def diagnose(
     ] = None,
     num_data: Annotated[int, _option("Test data, the first ones; checks that are dear take fewer.")] = 1000,
     strict: Annotated[bool, _option("Exit with 1 if a check does not hold.", "--strict")] = False,
-    data: Annotated[str | None, _option("Other data than the run's.")] = None,
+    data: Annotated[str | None, _option("Other data than the run's, whose page is then only printed.")] = None,
     data_root: Annotated[str | None, _option("Folder of torchvision's data sets.")] = None,
     seed: Annotated[int, _option("Seed of all draws.")] = 0,
     device: Device = "auto",
@@ -334,10 +338,21 @@ def diagnose(
     """Ask whether the inference of a run worked: what holds, what does not, what to try."""
     program, test = _load(run, data, data_root, device, trust)
     some = _first(test, num_data)
-    diagnosis = diagnostics.diagnose(program, some, only=only or None, seed=seed)
-    page.write(run, diagnosis)
+    results: dict[str, Any] = {}
+    interrupted = False
+    try:
+        for name, result in diagnostics.run_checks(program, some, only=only or None, seed=seed):
+            results[name] = result
+    except KeyboardInterrupt:  # what is done is shown
+        interrupted = True
+    diagnosis = diagnostics.Diagnosis(results)
     page.print_page(diagnosis, len(some))
-    output.say(f"figures and numbers: {run / runs.FIGURES}, {run / runs.DIAGNOSTICS}")
+    if data is None:
+        page.write(run, diagnosis, len(some), seed)
+        output.say(f"figures and numbers: {run / runs.FIGURES}, {run / runs.DIAGNOSTICS}")
+    if interrupted:
+        print("pyro-vae: interrupted; the checks that are missing did not run", file=sys.stderr)
+        raise typer.Exit(130)
     if strict and diagnosis.failed:
         raise typer.Exit(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,17 @@ def print_page(diagnosis: Diagnosis, num_data: int) -> None:
     console.print("{} of {} checks hold, {} do not, {} cannot tell".format(counts[0], sum(counts), *counts[1:]))
 
 
-def write(run: Path, diagnosis: Diagnosis) -> None:
-    """Write verdicts and numbers to `diagnostics.json`, and a figure of each check."""
-    content = {}
+def write(run: Path, diagnosis: Diagnosis, num_data: int, seed: int) -> None:
+    """Write verdicts and numbers to `diagnostics.json`, beside those of other checks, and a figure of each."""
+    path = run / runs.DIAGNOSTICS
+    content = json.loads(path.read_text()) if path.is_file() else {}
     for name, result in diagnosis.results.items():
-        content[name] = result.verdict._asdict() | {"numbers": _numbers(result)}
+        found = result.verdict._asdict() | {"num_data": num_data, "seed": seed}
+        content[name] = found | {"numbers": {} if isinstance(result, Refusal) else _numbers(result)}
         if not isinstance(result, Refusal):
             with replacing(run / runs.FIGURES / f"{name}.png") as temporary:
                 getattr(plots, name)(result).savefig(temporary)
-    runs.write_json(run / runs.DIAGNOSTICS, content)
+    runs.write_json(path, content)
 
 
 def _numbers(result: Any) -> dict[str, float]:

@@ -3,7 +3,7 @@
 # By name, and not by star, as a file has the name of its check: the check is what is offered.
 from pyro_vae.diagnostics.calibration import Calibration, calibration
 from pyro_vae.diagnostics.collapse import Collapse, collapse
-from pyro_vae.diagnostics.diagnosis import CHECKS, Diagnosis, Refusal, diagnose
+from pyro_vae.diagnostics.diagnosis import CHECKS, Diagnosis, Refusal, diagnose, run_checks
 from pyro_vae.diagnostics.gaps import InferenceGap, inference_gap
 from pyro_vae.diagnostics.khat import KHat, khat
 from pyro_vae.diagnostics.nuts import Nuts, nuts
@@ -28,4 +28,5 @@ __all__ = [
     "khat",
     "nuts",
     "predictive_checks",
+    "run_checks",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from pyro_vae.diagnostics.verdict import Verdict
 from pyro_vae.evaluation import checked_batches
 from pyro_vae.programs import Program
 
-__all__ = ["CHECKS", "Diagnosis", "Refusal", "diagnose"]
+__all__ = ["CHECKS", "Diagnosis", "Refusal", "diagnose", "run_checks"]
 
 
 class Refusal(NamedTuple):
@@ -71,7 +71,7 @@ CHECKS: dict[str, Callable] = {
 
 
 def diagnose(
-    program: Program, x: Any, *, only: Collection[str] | None = None, seed: int = 0, progress: bool = True
+    program: Program, x: Any, *, only: str | Collection[str] | None = None, seed: int = 0, progress: bool = True
 ) -> Diagnosis:
     """Run all checks of a program, each with its own defaults.
 
@@ -81,7 +81,7 @@ def diagnose(
         program: Any program that keeps its local sites in one plate named "data".
         x: Data that it was not fitted to: tensor, array, `Dataset` or `DataLoader`. The checks that are dear take the
             first few of them.
-        only: Names of the checks to run; None runs all.
+        only: Name or names of the checks to run; None runs all.
         seed: Seed of each check.
         progress: Whether to show a bar on stderr, past two seconds.
 
@@ -89,7 +89,7 @@ def diagnose(
         A `Diagnosis`.
 
     Raises:
-        ValueError: If a check is unknown, or the data do not suit the program.
+        ValueError: If a check is unknown, a parameter is not finite, or the data do not suit the program.
 
     Example:
         >>> import pyro_vae, torch
@@ -97,14 +97,33 @@ def diagnose(
         >>> diagnose(vae, x, only=["khat"]).verdicts["khat"].holds
         True
     """
-    names = list(CHECKS) if only is None else list(only)
+    return Diagnosis(dict(run_checks(program, x, only=only, seed=seed, progress=progress)))
+
+
+def run_checks(
+    program: Program, x: Any, *, only: str | Collection[str] | None = None, seed: int = 0, progress: bool = True
+) -> Iterator[tuple[str, Any]]:
+    """The checks of `diagnose`, one after another: name and result of each as it is done.
+
+    Takes the arguments of `diagnose`, and raises what it does.
+
+    Example:
+        >>> import pyro_vae, torch
+        >>> vae, x = pyro_vae.build((8, 8), latent=2), torch.ones(20, 8, 8)
+        >>> [name for name, result in run_checks(vae, x, only=["khat", "collapse"])]
+        ['khat', 'collapse']
+    """
+    names = list(CHECKS) if only is None else [only] if isinstance(only, str) else list(only)
     if unknown := [name for name in names if name not in CHECKS]:
         raise ValueError(f"checks: expected names among {', '.join(CHECKS)}, got {', '.join(unknown)}")
+    for name, parameter in program.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"parameter {name}: expected finite values, got infinite ones or NaN; fit again with a smaller lr"
+            )
     checked_batches(program, x, 1)  # what is wrong with the data is not taken for what a check cannot do
-    results = {}
     for name in names:
         try:
-            results[name] = CHECKS[name](program, x, seed=seed, progress=progress)
+            yield name, CHECKS[name](program, x, seed=seed, progress=progress)
         except ValueError as error:
-            results[name] = Refusal(str(error).splitlines()[0])
-    return Diagnosis(results)
+            yield name, Refusal(str(error).splitlines()[0])

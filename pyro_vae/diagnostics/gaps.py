@@ -14,12 +14,14 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from pyro_vae.diagnostics.khat import ROUNDING, TOLERATED_SHARE, pareto_shapes
 from pyro_vae.diagnostics.verdict import Verdict
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE
 from pyro_vae.estimators.particles import Particles, given, local_sites, log_weights
 from pyro_vae.estimators.terminal import progress_bar
-from pyro_vae.evaluation import LatentSpace, annealed_log_likelihood, checked_batches, posterior_draws
-from pyro_vae.programs import Program, num_inputs, undisturbed
+from pyro_vae.evaluation import LatentSpace, annealed_log_likelihood, checked_batches
+from pyro_vae.evaluation.draws import global_latents
+from pyro_vae.programs import Program, num_inputs, placement, undisturbed
 
 __all__ = ["InferenceGap", "inference_gap"]
 
@@ -27,6 +29,8 @@ LEARNING_RATES = (3e-2, 3e-3, 3e-4)  # of Adam: parameters that stand alone want
 PILOT_DATA = 2  # on which the learning rate is chosen
 FIT_PARTICLES = 16  # in each step of a fit
 CHOICE_PARTICLES = 1000  # from which the better of two guides is told
+FEWEST_PARTICLES = 100  # of fewer, neither the error of an ELBO nor the tail of the weights can be told
+HEAVY = 0.7  # k-hat above which weights miss much of what they are a mean of (see `khat`)
 UNSURE = 0.7  # nats of Monte Carlo error: the weights are then worth about two draws (1 / sqrt 2)
 
 
@@ -42,6 +46,7 @@ class InferenceGap:
             ELBOs share random numbers) and "inference", by name.
         evidence: Mean log evidence of the data by each method that was tried.
         threshold: What the inference gap may be, in nats per datum.
+        heavy: Share of the data whose evidence is by importance weights with a k-hat above 0.7 (see `khat`), or none.
     """
 
     log_evidence: Tensor
@@ -50,6 +55,7 @@ class InferenceGap:
     errors: Mapping[str, Tensor]
     evidence: Mapping[str, float]
     threshold: float
+    heavy: float = 0.0
 
     @property
     def approximation(self) -> Tensor:
@@ -74,7 +80,12 @@ class InferenceGap:
 
     @property
     def verdict(self) -> Verdict:
-        """Holds where the inference gap is at most the threshold, and two standard errors do not change that."""
+        """Holds where the inference gap is at most the threshold, and two standard errors do not change that.
+
+        None where the evidence of more than 10 % of the data is unsure: an error above 0.7 nats, or heavy weights.
+        """
+        if not self.inference.isfinite().all():
+            return self._not_finite()
         means = self.means
         numbers = {name: f"{mean:.2f} ± {error:.2f}" for name, (mean, error) in means.items()}
         found = (
@@ -86,9 +97,19 @@ class InferenceGap:
             return Verdict(False, found, self._advice())
         if not gap + 2 * error <= self.threshold:
             return Verdict(None, found, "more data (num_data)")
-        if self.errors["log_evidence"].median() > UNSURE:
+        if self.heavy > TOLERATED_SHARE:
+            found += f"; the weights that the evidence is of have too heavy a tail in {self.heavy:.0%} of the data"
+            return Verdict(None, found, "a richer or wider posterior, as the evidence may well be higher")
+        if (self.errors["log_evidence"] > UNSURE).double().mean() > TOLERATED_SHARE:
             return Verdict(None, found, "more num_temperatures, as the evidence may well be higher than was found")
         return Verdict(True, found)
+
+    def _not_finite(self) -> Verdict:
+        unknown, found, of = self.inference.isnan().sum(), "the inference gap is", f"of {len(self.elbo)} data"
+        if unknown:
+            return Verdict(None, f"{found} not a number for {unknown} {of}", "finite data, parameters and densities")
+        found += f" infinite for {self.inference.isinf().sum()} {of}"
+        return Verdict(False, found, "a guide that draws no latents at which the model's density is zero")
 
     def _advice(self) -> str:
         remedies = {
@@ -124,8 +145,8 @@ def inference_gap(
 
     All estimates of the log evidence are lower bounds in expectation, and the one is taken whose mean less two standard
     errors is the highest: by importance sampling from the guide or from the best of its family, or by annealed
-    importance sampling (but for latents that gradients cannot move freely, such as those on a sphere). Where all are
-    too low, so is the approximation gap.
+    importance sampling (but for latents that gradients cannot move freely: on a sphere, or with a support that depends
+    on other latents). Where all are too low, so is the approximation gap.
 
     The KL divergence of the guide from the posterior is the inference gap. One nat, the threshold, is that of a normal
     whose mean is off by 1.4 of its standard deviations. Global latents are drawn once from the guide and all is given
@@ -137,7 +158,7 @@ def inference_gap(
             and parameters to train.
         x: Tensor, array, `Dataset` or `DataLoader`.
         num_data: How many of the data, the first ones, are taken.
-        num_particles: Particles a datum of the ELBOs and of importance sampling.
+        num_particles: Particles a datum of the ELBOs and of importance sampling, at least 100.
         num_chains: Annealed chains a datum; 0 leaves annealed importance sampling out.
         num_temperatures: Number of their steps (see `evaluation.annealed_log_likelihood`).
         steps: Steps of the fit of each datum.
@@ -149,7 +170,7 @@ def inference_gap(
         An `InferenceGap`.
 
     Raises:
-        ValueError: If a number is not positive, draws of the guide are not reparameterized, it has no parameters to
+        ValueError: If a number is too small, draws of the guide are not reparameterized, it has no parameters to
             train, or the data do not suit the program.
 
     Reference:
@@ -162,9 +183,10 @@ def inference_gap(
         >>> torch.allclose(found.approximation + found.amortization, found.inference)
         True
     """
-    for name, number in {"num_data": num_data, "num_particles": num_particles, "steps": steps}.items():
-        if number < 1:
-            raise ValueError(f"{name}: expected a positive number, got {number}")
+    least = {"num_data": 1, "num_particles": FEWEST_PARTICLES, "steps": 1}
+    for (name, smallest), number in zip(least.items(), (num_data, num_particles, steps), strict=True):
+        if number < smallest:
+            raise ValueError(f"{name}: expected at least {smallest}, got {number}")
     if num_chains < 0 or num_chains == 1:
         raise ValueError(f"num_chains: expected at least 2, of which an error can be told, or 0, got {num_chains}")
     with undisturbed(program, seed), pyro.validation_enabled(False), progress_bar(2, progress) as begin:
@@ -186,7 +208,7 @@ def inference_gap(
                 advance=begin("annealing"),
             )
             estimates["annealed importance sampling"] = annealed.log_evidence, annealed.error
-    return _result(*weights, estimates, threshold)
+    return _result(*weights, estimates, threshold, torch.finfo(placement(program)[1]).eps)
 
 
 def _first(program: Program, x: Any, num_data: int) -> tuple[Any, ...]:
@@ -216,9 +238,9 @@ class _GivenGlobal(nn.Module):
 
 
 def _given_global(program: Program, batch: tuple[Any, ...]) -> Program:
-    drawn = posterior_draws(program, *batch, num_samples=1).shared
-    # Without the dimensions of draws and data, as a program draws them by itself.
-    return _GivenGlobal(program, {name: value[0, 0] for name, value in drawn.items()}) if drawn else program
+    # In the shapes in which a program draws them by itself, which may be in plates of their own.
+    drawn = global_latents(poutine.trace(program.guide).get_trace(*batch))
+    return _GivenGlobal(program, drawn) if drawn else program
 
 
 def _moves_freely(program: Program, batch: tuple[Any, ...]) -> bool:
@@ -329,12 +351,14 @@ class _Fits:
 
 
 def _result(
-    own: Tensor, fitted: Tensor, estimates: Mapping[str, tuple[Tensor, Tensor]], threshold: float
+    own: Tensor, fitted: Tensor, estimates: Mapping[str, tuple[Tensor, Tensor]], threshold: float, precision: float
 ) -> InferenceGap:
     evidence = {name: estimate.mean().item() for name, (estimate, _) in estimates.items()}
     # Of several noisy ones the highest would be too high.
     surely = {name: evidence[name] - 2 * (error.norm() / len(error)).item() for name, (_, error) in estimates.items()}
-    log_evidence, error = estimates[max(surely, key=lambda name: surely[name])]
+    best = max(surely, key=lambda name: -math.inf if math.isnan(surely[name]) else surely[name])
+    weights = {"importance sampling": own, "importance sampling, fitted": fitted}.get(best)
+    log_evidence, error = estimates[best]
     return InferenceGap(
         log_evidence=log_evidence,
         best_elbo=fitted.mean(0),
@@ -347,7 +371,15 @@ def _result(
         },
         evidence=evidence,
         threshold=threshold,
+        heavy=0.0 if weights is None else _heavy(weights, precision),
     )
+
+
+def _heavy(log_weights: Tensor, precision: float) -> float:
+    """Share of the data whose weights have a tail with a shape above what so many can be corrected for."""
+    shapes, _ = pareto_shapes(log_weights, ROUNDING * precision * log_weights.abs())
+    limit = min(HEAVY, 1 - 1 / math.log10(len(log_weights)))
+    return (~(shapes <= limit)).double().mean().item()  # so that NaN is one
 
 
 def _log_mean(log_weights: Tensor) -> Tensor:

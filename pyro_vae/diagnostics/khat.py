@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import pyro
@@ -23,6 +24,7 @@ TOLERATED_SHARE = 0.1  # of the data; the reference judges one posterior, and is
 FEWEST_PARTICLES = 25  # of which a fifth is the tail, and the fit needs five
 NOTHING = 1e-100  # of the largest weight; the fit divides by such numbers
 ROUNDING = 32  # units of the last place of the log-probabilities that a log-weight is the sum of
+COARSE = 0.1  # nats of rounding, above which weights that differ by no more are not known to be the same
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class KHat:
     Attributes:
         khat: Shape of the tail of each datum's weights, of shape `(N,)`, without units. Minus infinity where the
             largest weights are all the same, as at an exact posterior; infinity where the others vanish beside a few;
-            NaN where too few of the largest differ for a fit, or a weight is not a number.
+            NaN where too few of the largest differ for a fit, where rounding hides whether they do, or a weight is not
+            a number.
         ess: Effective sample size of each datum's K smoothed weights, of shape `(N,)`.
         num_particles: Number `K` of weights a datum.
         threshold: What a shape may be at most.
@@ -63,7 +66,7 @@ class KHat:
         unknown = self.khat.isnan().double().mean().item()
         found = (
             f"k-hat above {self.threshold:.2f} in {self.share:.0%} of {len(self.khat)} data, median "
-            f"{self.quantiles[0.5]:.2f}; median effective sample {self.ess.median():.0f} of {self.num_particles}"
+            f"{self.quantiles[0.5]:.2f}; median effective sample {self.ess.nanmedian():.0f} of {self.num_particles}"
         )
         if unknown > 0:
             found += f"; no k-hat in {unknown:.0%}"
@@ -112,7 +115,7 @@ def khat(
         A `KHat`.
 
     Raises:
-        ValueError: If there are too few particles, or the data do not suit the program.
+        ValueError: If there are too few particles, the threshold is not a number, or the data do not suit the program.
 
     Reference:
         Vehtari, Simpson, Gelman, Yao and Gabry, 2024. Pareto smoothed importance sampling. Yao, Vehtari, Simpson and
@@ -124,10 +127,12 @@ def khat(
         >>> found.khat.shape, found.threshold
         (torch.Size([3]), 0.5)
     """
-    if num_particles < FEWEST_PARTICLES:
+    if not isinstance(num_particles, Integral) or num_particles < FEWEST_PARTICLES:
         raise ValueError(
-            f"num_particles: expected at least {FEWEST_PARTICLES}, which a tail needs, got {num_particles}"
+            f"num_particles: expected a whole number from {FEWEST_PARTICLES} on, as a tail needs, got {num_particles}"
         )
+    if math.isnan(threshold):
+        raise ValueError("threshold: expected a number, got nan")
     batches = checked_batches(program, x, min(num_particles, PARTICLES_AT_ONCE))
     shapes, sizes, shared = [], [], None
     with undisturbed(program, seed), pyro.validation_enabled(False), progress_bar(1, progress) as begin:
@@ -146,7 +151,7 @@ def khat(
 def _log_weights(
     program: Program, batch: tuple[Any, ...], num_particles: int, shared: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Log-weights of shape `(K, B)`, and of shape `(B,)` the size of the rounding errors in them."""
+    """Log-weights of shape `(K, B)`, and the size of the rounding errors in each of them."""
     parts, sizes = [], []
     for first in range(0, num_particles, PARTICLES_AT_ONCE):
         k = min(PARTICLES_AT_ONCE, num_particles - first)
@@ -155,8 +160,8 @@ def _log_weights(
         precision = torch.finfo(terms[0].dtype).eps
         exact = torch.stack([term.cpu().double() for term in terms])  # what is left of large terms is small
         parts.append(exact.sum(0))
-        sizes.append(exact.abs().sum(0).amax(0) * precision)
-    return torch.cat(parts), ROUNDING * torch.stack(sizes).amax(0)
+        sizes.append(ROUNDING * precision * exact.abs().sum(0))
+    return torch.cat(parts), torch.cat(sizes)
 
 
 def pareto_shapes(log_weights: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +169,8 @@ def pareto_shapes(log_weights: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor
 
     Args:
         log_weights: Tensor of shape `(K, B)`, in nats, float64, on the CPU.
-        rounding: Tensor of shape `(B,)`: log-weights that differ by less are the same.
+        rounding: Tensor of shape `(K, B)`, or `(B,)` if it is that of all draws: log-weights that differ by less are
+            the same. Only that of the largest counts: one draw at which the density is nothing says nothing of them.
 
     Returns:
         Two tensors of shape `(B,)`.
@@ -178,13 +184,14 @@ def pareto_shapes(log_weights: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor
 
     smoothed, shapes = log_weights.log_softmax(0), torch.full(log_weights.shape[1:], math.nan, dtype=torch.float64)
     tail, cutoff = _tail(log_weights)
+    rounding = torch.where(log_weights >= cutoff, rounding, 0).amax(0)
     # What the fit scales by is how far the lower quarter of the tail is above the rest: nothing, where there are ties.
     quarter = tail[int(len(tail) / 4 + 0.5) - 1]
     same, tied = tail[-1] - tail[0] <= rounding, ~(quarter - cutoff > rounding)
     drowned = (quarter - tail[-1]).exp() < NOTHING
     valid = ~log_weights.isnan().any(0) & tail[-1].isfinite()
     shapes[valid & drowned & ~tied] = math.inf
-    shapes[valid & same] = -math.inf
+    shapes[valid & same & (rounding <= COARSE)] = -math.inf
     fitted = valid & ~same & ~tied & ~drowned
     if fitted.any():
         # The signs are those of leave-one-out, of whose weights it takes the negative logarithms.

@@ -143,7 +143,8 @@ def nuts(
         A `Nuts`.
 
     Raises:
-        ValueError: If a latent is discrete or on a sphere, a number is too small, or the data do not suit the program.
+        ValueError: If a latent is discrete, on a sphere, or of a support that depends on other latents, a number is too
+            small, or the data do not suit the program.
 
     Reference:
         Hoffman and Gelman, 2014. The No-U-Turn sampler. Vehtari, Gelman, Simpson, Carpenter and Bürkner, 2021.

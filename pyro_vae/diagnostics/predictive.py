@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import pyro
@@ -161,8 +162,8 @@ def predictive_checks(
         A `PredictiveChecks`.
 
     Raises:
-        ValueError: If a number is not positive, a statistic is missing or not one finite number, or the data do not
-            suit the program.
+        ValueError: If a number is not a positive whole one, a statistic is missing, no function or not one finite
+            number, or the data do not suit the program.
 
     Reference:
         Rubin, 1984. Bayesianly justifiable and relevant frequency calculations for the applied statistician. Meng,
@@ -176,10 +177,9 @@ def predictive_checks(
         >>> found.verdict.holds, round(found.p_values.item(), 3)
         (False, 0.02)
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples: expected a positive number, got {num_samples}")
-    if statistics is not None and not statistics:
-        raise ValueError("statistics: expected at least one, or None for those that suit the data, got none")
+    if num_samples is not None and not (isinstance(num_samples, Integral) and num_samples > 0):
+        raise ValueError(f"num_samples: expected a positive whole number, got {num_samples}")
+    _check(statistics)
     checked = checked_batches(program, x, 1)
     with undisturbed(program, seed), pyro.validation_enabled(False):
         batches = list(checked.epoch(0))  # once, as data may be drawn anew the next time
@@ -194,6 +194,15 @@ def predictive_checks(
                 at_once = max(1, min(VALUES // data.numel(), total - len(rows)))
                 rows += [_values(chosen, x) for x in _replicates(program, batches, at_once, from_prior, advance)]
     return PredictiveChecks(tuple(chosen), observed, torch.stack(rows), from_prior)
+
+
+def _check(statistics: Mapping[str, Statistic] | None) -> None:
+    if statistics is None:
+        return
+    if not isinstance(statistics, Mapping) or not all(map(callable, statistics.values())):
+        raise ValueError(f"statistics: expected a dict of functions by name, or None, got {statistics}")
+    if not statistics:
+        raise ValueError("statistics: expected at least one, or None for those that suit the data, got none")
 
 
 def _replicates(

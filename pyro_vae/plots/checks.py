@@ -180,8 +180,8 @@ def models(comparison: ModelComparison) -> Figure:
 
     Example:
         >>> import pyro_vae, torch
-        >>> programs = {str(latent): pyro_vae.build((8, 8), latent=latent) for latent in (2, 3)}
-        >>> found = pyro_vae.comparison.models(programs, torch.rand(20, 8, 8).round())
+        >>> programs = {str(latent): pyro_vae.build((8, 8), latent=latent) for latent in (1, 2)}
+        >>> found = pyro_vae.comparison.models(programs, torch.rand(20, 8, 8).round(), 4000)
         >>> models(found).axes[1].get_xlabel()
         'behind the best (nats per datum)'
     """
@@ -202,6 +202,6 @@ def models(comparison: ModelComparison) -> Figure:
         axes.grid(axis="x", alpha=0.3)
         axes.margins(y=0.4 / len(names))
     elpd.invert_yaxis()
-    note = "; * weights of low effective size: may be far higher" if table.warning.any() else ""
+    note = "; * weights that cannot be trusted: may be far higher" if table.warning.any() else ""
     figure.suptitle(f"{num_data:,} held-out data, two standard errors{note}", fontsize="medium")
     return figure

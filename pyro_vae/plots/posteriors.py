@@ -65,7 +65,7 @@ def khat(result: KHat) -> Figure:
     left.set_title(f"{result.share:.0%} of {len(shapes)} data above {result.threshold:.2f}")
     right.set_xscale("log")
     right.set(xlabel=f"effective sample size of {result.num_particles}", xlim=(0.8, 1.25 * result.num_particles))
-    right.set_title(f"median effective sample {result.ess.median():.0f}")
+    right.set_title(f"median effective sample {result.ess.nanmedian():.0f}")
     return figure
 
 
@@ -119,7 +119,7 @@ def nuts(result: Nuts) -> Figure:
     """Means and scales of the guide against those of the chains, and the distances of the marginals.
 
     Each point is a latent dimension of a datum. Those further off than the threshold are red, and those of data whose
-    chains are of no use are hollow.
+    chains are of no use are hollow. What is not finite is not shown.
 
     Args:
         result: What `diagnostics.nuts` gave.
@@ -143,10 +143,11 @@ def nuts(result: Nuts) -> Figure:
     values = result.distance[result.mixed].flatten().sort().values
     shares = (torch.arange(len(values)) + 0.5) / max(len(values), 1)
     distances.plot(shares, values, color=GOOD, marker="o", markersize=3)
-    limit = (result.threshold + result.error[result.mixed].mean()).item() if len(values) else result.threshold
+    errors = result.error[result.mixed]
+    limit = result.threshold + (errors[errors.isfinite()].mean().item() if errors.isfinite().any() else 0.0)
     distances.axhline(limit, color="0.3", linestyle="--", label="threshold and error")
     distances.set(title="distance", xlabel="share of dimensions", ylabel="Wasserstein distance (sd of NUTS)")
-    distances.set(xlim=(0, 1), ylim=(0, 1.2 * max([limit, *values.tolist()])))
+    distances.set(xlim=(0, 1), ylim=(0, 1.2 * max([limit, *values[values.isfinite()].tolist()])))
     distances.legend(frameon=False, loc="upper left")
     for axes in (means, scales, distances):
         axes.grid(alpha=0.3)
@@ -165,7 +166,8 @@ def _against(axes: Axes, result: Nuts, chains: torch.Tensor, guide: torch.Tensor
             chains[~mixed], guide[~mixed], "o", color="0.5", markersize=4, fillstyle="none", label="chains of no use"
         )
     both = torch.cat([chains.flatten(), guide.flatten()])
-    low, high = both.min().item(), both.max().item()
+    finite = both[both.isfinite()].tolist() or [0.0]  # an axis has no place for others
+    low, high = min(finite), max(finite)
     room = 0.06 * (high - low) or 1.0
     ends = (low - room, high + room)
     axes.plot(ends, ends, color="0.3", linestyle="--", linewidth=0.8)
