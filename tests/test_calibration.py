@@ -258,3 +258,16 @@ def watched(function, seen):
         return function(self, x)
 
     return posterior
+
+
+def test_what_else_is_observed_is_refused():
+    """A latent that is drawn from the prior is not of the posterior given another observation."""
+
+    class Second(LinearGaussian):
+        def model(self, x):
+            super().model(x)
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("y", dist.Normal(x.new_zeros(()), 1.0), obs=x[:, 0])
+
+    with pytest.raises(ValueError, match=r"alone, got \['y'\] too"):
+        diagnostics.calibration(Second(), 10, like=torch.randn(5, 3, dtype=torch.float64))

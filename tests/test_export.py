@@ -352,6 +352,12 @@ def test_few_draws_have_no_shape(gaussian):
     [
         ({"num_samples": 0}, "num_samples: expected at least 1, got 0"),
         ({"num_prior_samples": -1}, "num_prior_samples: expected at least 0, got -1"),
+        ({"num_samples": 30.5}, "num_samples: expected a whole number, got 30.5"),
+        ({"num_samples": "30"}, "num_samples: expected a whole number, got '30'"),
+        ({"chunk": 1.5}, "chunk: expected a positive number of data, got 1.5"),
+        ({"config": [1, 2]}, "config: expected text, or a mapping of text, numbers"),
+        ({"config": {"a": object()}}, "config: expected text, or a mapping of text, numbers"),
+        ({"coords": {"draw": range(30)}, "num_prior_samples": 5}, "coords: expected none for 'draw' .*got 30 and.* 5"),
         ({"chunk": 0}, "chunk: expected a positive number of data, got 0"),
         ({"reweight": "is"}, "reweight: expected None or 'psis', got 'is'"),
         ({"labels": [1, 2]}, "labels: expected 7, one a datum, got an array of shape"),
@@ -541,3 +547,157 @@ def test_loo_of_latents_of_single_data_estimates_the_evidence():
     found = torch.from_numpy(arviz_stats.loo(tree, pointwise=True).elpd_i.values)
     assert ((found - program.evidence(x)).abs() < 4 * error).all()
     assert error.max() < 0.05
+
+
+class Named(nn.Module):
+    """Local latents by any names, under x ~ N(their sum, 1)."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names = names
+
+    def model(self, x):
+        with data_plate(x):
+            sites = [pyro.sample(name, dist.Normal(x.new_zeros(2), 1.0).to_event(1)) for name in self.names]
+            pyro.sample("x", dist.Normal(sum(sites), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with data_plate(x):
+            for name in self.names:
+                pyro.sample(name, dist.Normal(x / 2, 0.7).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("z", "latent"), "other names than dimensions, got latent"),
+        (("draw",), "other names than dimensions, got draw"),
+        (("datum",), "other names than dimensions, got datum"),
+        (("chain",), "other names than dimensions, got chain"),
+        (("u_dim_0", "u"), "other names than dimensions, got u_dim_0"),
+        (("a/b", "a.b"), "names differ by more than '/' and '.', got 'a/b' and 'a.b'"),
+    ],
+)
+def test_no_site_is_lost_to_a_name(names, said):
+    with pytest.raises(ValueError, match=said):
+        to_arviz(Named(*names), torch.randn(5, 2), num_samples=30, progress=False)
+
+
+@pytest.mark.parametrize("given", [{"labels": range(7)}, {"coords": {"datum": range(7)}}])
+def test_labels_stand_beside_their_own_data(gaussian, given):
+    program, x, _ = gaussian
+
+    def draw(**options):
+        return to_arviz(program, DataLoader(TensorDataset(x), **options), num_samples=30, progress=False, **given)
+
+    draw(batch_size=5)
+    with pytest.raises(ValueError, match="expected a DataLoader that keeps the order of its data"):
+        draw(batch_size=5, shuffle=True)
+    with pytest.raises(ValueError, match="expected a DataLoader that keeps the order of its data"):
+        draw(batch_sampler=[[6, 5, 4, 3], [0, 1, 2]])
+    with pytest.raises(ValueError, match="expected a DataLoader that gives all 7 data, got 5"):
+        draw(batch_size=5, drop_last=True)
+
+
+def test_a_loader_that_repeats_data(gaussian):
+    program, x, _ = gaussian
+    loader = DataLoader(TensorDataset(x), batch_size=5, sampler=[0, 1, 2, 3, 4, 5, 6, 0])
+    with pytest.raises(ValueError, match="expected each of 7 data at most once, got more"):
+        to_arviz(program, loader, num_samples=30, progress=False)
+
+
+class Beside(nn.Module):
+    """A program that observes labels too, and weighs its latents by a factor."""
+
+    def model(self, x, label):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.factor("f", -(z**2).sum(-1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+            pyro.sample("y", dist.Bernoulli(logits=z[..., 0]), obs=label)
+
+    def guide(self, x, label):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(x / 3, 0.5).to_event(1))
+
+
+def test_what_is_observed_beside_x():
+    x, label = torch.randn(6, 2), torch.tensor([0.0, 1, 1, 0, 1, 0])
+    tree = to_arviz(Beside(), (x, label), num_samples=30, chunk=4, progress=False)
+    variables = {name: set(group.data_vars) for name, group in tree.children.items()}
+    assert variables["posterior"] == variables["prior"] == {"z"}
+    assert variables["log_likelihood"] == variables["observed_data"] == {"x", "y"}
+    assert variables["posterior_predictive"] == variables["prior_predictive"] == {"x"}
+    np.testing.assert_array_equal(tree.observed_data.y, label)
+    # The factor is part of the weights nonetheless.
+    z = torch.from_numpy(tree.posterior.z.values[0]).double()
+    rest = dist.Normal(0.0, 1.0).log_prob(z) - z**2 - dist.Normal(x.double() / 3, 0.5).log_prob(z)
+    expected = tree.log_likelihood.x.values[0] + tree.log_likelihood.y.values[0] + rest.sum(-1).numpy()
+    np.testing.assert_allclose(tree.sample_stats.log_weights.values[0], expected, atol=1e-4)
+
+
+def test_labels_of_ones_own_do_not_give_way_to_a_companion():
+    with pytest.raises(ValueError, match="labels: expected none, as the program takes some by that name"):
+        to_arviz(Beside(), (torch.randn(6, 2), torch.ones(6)), labels=range(6), num_samples=30, progress=False)
+
+
+class Impossible(nn.Module):
+    """Counts above 0 have no probability where z is below 0, and the guide is, for those above 3."""
+
+    def model(self, x):
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Poisson(z.clamp(min=0)), obs=x)
+
+    def guide(self, x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(-100.0 * (x > 3), 1.0))
+
+
+def test_data_whose_weights_are_nothing_are_named():
+    x = torch.tensor([0.0, 1.0, 1.0, 5.0])
+    to_arviz(Impossible(), x[:3], num_samples=30, chunk=2, reweight="psis", progress=False)
+    with pytest.raises(ValueError, match="reweight: expected weights .* got others for 1 data: 3; leave reweight=None"):
+        to_arviz(Impossible(), x, num_samples=30, chunk=2, reweight="psis", progress=False)
+
+
+class OnePlate(Clusters):
+    """The same, with a plate of one cluster."""
+
+    def model(self, x):
+        with pyro.plate("clusters", 1, dim=-1):
+            mean = pyro.sample("mean", dist.Normal(x.new_zeros(()), 5.0))
+        with data_plate(x):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("x", dist.Poisson(z.exp()), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("clusters", 1, dim=-1):
+            pyro.sample("mean", dist.Normal(x.new_zeros(()), 0.1))
+        with data_plate(x):
+            pyro.sample("z", dist.Normal((x + 1).log(), 0.5))
+
+
+def test_a_plate_of_one_keeps_its_dimension():
+    tree = to_arviz(OnePlate(), torch.tensor([0.0, 3.0]), num_samples=30, progress=False)
+    assert tree.posterior["mean"].dims == tree.prior["mean"].dims == (*SAMPLE, "mean_dim_0")
+
+
+@pytest.mark.parametrize("given", ["labels", "datum"])
+def test_times_are_not_for_netcdf(gaussian, tmp_path, given):
+    program, x, _ = gaussian
+    days = pd.date_range("2020-01-01", periods=7).values
+    options = {"labels": days} if given == "labels" else {"coords": {"datum": days}}
+    options |= {"num_samples": 30, "chunk": 3, "progress": False}
+    with pytest.raises(ValueError, match=f"{given}.*: expected numbers or text in NetCDF, got datetime64"):
+        write_arviz(program, x, tmp_path / "a.nc", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["a.zarr", "a.zarr/b.nc"])
+def test_files_are_not_taken_for_folders(gaussian, tmp_path, path):
+    program, x, _ = gaussian
+    (tmp_path / "a.zarr").write_text("mine")
+    with pytest.raises(ValueError, match=r"path: expected a place for a folder or file, got the file .*a\.zarr"):
+        write_arviz(program, x, tmp_path / path, num_samples=30, progress=False)
+    assert (tmp_path / "a.zarr").read_text() == "mine"

@@ -173,10 +173,73 @@ def test_a_global_latent_is_given():
     assert found.amortization.abs().max() < 1e-9
 
 
+class Centres(nn.Module):
+    """Three global centres in a plate of their own, which sum to 0: the guide of z is the posterior."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.register_buffer("centres", torch.tensor([-5.0, 0.0, 5.0], dtype=torch.float64))
+
+    def model(self, x):
+        with pyro.plate("components", 3, dim=-1):
+            centres = pyro.sample("centres", dist.Normal(torch.zeros_like(self.shift), 5.0))
+        with data_plate(x, size=10):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(self.shift), 1.0))
+            pyro.sample("x", dist.Normal(z + centres.sum(-1, keepdim=True), 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("components", 3, dim=-1):
+            pyro.sample("centres", dist.Delta(self.centres))
+        with data_plate(x, size=10):
+            pyro.sample("z", dist.Normal(x / 2 + self.shift, 0.5**0.5))
+
+
+@pytest.mark.usefixtures("_quick")
+def test_global_latents_in_a_plate_of_their_own_are_all_given():
+    """Were the first to stand for all, the evidence would be that of data 15 away."""
+    x = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    found = inference_gap(Centres(), x, num_particles=100, **IS | {"steps": 2})
+    expected = dist.Normal(0.0, 2**0.5).log_prob(x)
+    torch.testing.assert_close(found.log_evidence, expected, rtol=0, atol=1e-3)
+    assert found.verdict.holds
+
+
+class Circle(nn.Module):
+    """A uniform angle of which the data tell nothing, and a guide of a hundredth of the circle."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def model(self, x):
+        with data_plate(x):
+            pyro.sample("z", dist.VonMises(torch.zeros_like(x), 1e-6))
+            pyro.sample("x", dist.Normal(torch.zeros_like(x), 1.0), obs=x)
+
+    def guide(self, x):
+        with data_plate(x):
+            pyro.sample("z", dist.Normal(0.0 * x + self.shift.detach() + 0 * self.shift, 0.1))
+
+
+@pytest.mark.usefixtures("_quick")
+def test_weights_of_a_heavy_tail_are_no_evidence():
+    """The gap is 0.72 by the weights, and log(2 pi / 0.1 / sqrt(2 pi e)) = 2.7 in truth: their tail has a shape of 1.
+    Of the exact posterior they have none."""
+    found = inference_gap(Circle(), torch.zeros(10, dtype=torch.float64), num_particles=1000, **IS | {"steps": 2})
+    assert found.inference.mean() < 1
+    assert found.heavy > 0.5
+    assert found.verdict.holds is None
+    assert "too heavy a tail" in found.verdict.finding
+    x = torch.randn(50, 2, dtype=torch.float64)
+    exact = inference_gap(ProbabilisticPCA().to_maximum_likelihood(x), x[:5], num_particles=100, **IS | {"steps": 2})
+    assert exact.heavy == 0
+
+
 def test_a_fit_that_fails_is_not_taken(monkeypatch):
     monkeypatch.setattr(gaps, "LEARNING_RATES", (1e6,))
     (program, _), x = correlated(), torch.randn(2, 3, dtype=torch.float64)
-    found = inference_gap(program, x, num_particles=50, **IS | {"steps": 3})
+    found = inference_gap(program, x, num_particles=100, **IS | {"steps": 3})
     assert torch.equal(found.best_elbo, found.elbo)
     assert found.log_evidence.isfinite().all()
 
@@ -192,8 +255,10 @@ def test_what_cannot_be_done_is_refused():
         parameter.requires_grad_(False)  # the model's are left
     with pytest.raises(ValueError, match="expected a guide with parameters to fit"):
         inference_gap(program, x)
-    with pytest.raises(ValueError, match="steps: expected a positive number, got 0"):
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
         inference_gap(ProbabilisticPCA(), x, steps=0)
+    with pytest.raises(ValueError, match="num_particles: expected at least 100, got 99"):
+        inference_gap(ProbabilisticPCA(), x, num_particles=99)
     with pytest.raises(ValueError, match="num_chains: expected at least 2"):
         inference_gap(ProbabilisticPCA(), x, num_chains=1)
 
@@ -212,9 +277,9 @@ def test_the_best_evidence_is_not_the_luckiest():
     log_weights = torch.zeros(10, 4, dtype=torch.float64)
     level, error = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
     estimates = {"sure": (level, 0.01 * error), "lucky": (level + 0.2, error), "low": (level - 1, 0 * error)}
-    found = gaps._result(log_weights, log_weights, estimates, 1.0)
+    found = gaps._result(log_weights, log_weights, estimates, 1.0, 0.0)
     assert torch.equal(found.log_evidence, level)
-    found = gaps._result(log_weights, log_weights, estimates | {"high": (level + 0.2, 0.05 * error)}, 1.0)
+    found = gaps._result(log_weights, log_weights, estimates | {"high": (level + 0.2, 0.05 * error)}, 1.0, 0.0)
     assert torch.equal(found.log_evidence, level + 0.2)
     assert found.evidence == pytest.approx({"sure": 0.0, "lucky": 0.2, "low": -1.0, "high": 0.2})
 
@@ -230,6 +295,19 @@ def test_verdicts():
     assert (noisy.holds, noisy.advice) == (None, "more data (num_data)")
     assert made(0.1, 0.2, error=2.0).verdict.holds is None  # the evidence could be anything
     assert made(3.0, 0.2, error=2.0).verdict.holds is False  # and the gap larger still
+
+
+def test_verdicts_of_a_few_data_and_without_a_finite_gap():
+    result = made(0.1, 0.2)
+    for unsure, holds in ((1, True), (2, None)):  # of 16 data
+        result.errors["log_evidence"][:unsure] = 0.8
+        assert result.verdict.holds is holds
+    result = made(0.1, 0.2)
+    result.elbo[3] = -math.inf
+    assert result.verdict[:2] == (False, "the inference gap is infinite for 1 of 16 data")
+    result.elbo[4] = math.nan
+    assert result.verdict[:2] == (None, "the inference gap is not a number for 1 of 16 data")
+    assert made(0.1, 0.2).verdict.holds
 
 
 def test_the_figure():

@@ -195,6 +195,20 @@ def test_two_sites_and_nothing_left_behind(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+class Below(nn.Module):
+    """A latent below another."""
+
+    def model(self, x):
+        with data_plate(x):
+            top = pyro.sample("top", dist.LogNormal(x.new_tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Uniform(torch.zeros_like(top), top)), 1.0), obs=x)
+
+    def guide(self, x):
+        with data_plate(x):
+            top = pyro.sample("top", dist.LogNormal(x.new_tensor(0.0), 1.0))
+            pyro.sample("z", dist.Uniform(torch.zeros_like(top), top))
+
+
 def test_errors_come_before_the_work(monkeypatch):
     def work(*args, **kwargs):
         raise AssertionError("too late")
@@ -202,6 +216,8 @@ def test_errors_come_before_the_work(monkeypatch):
     monkeypatch.setattr(sys.modules["pyro_vae.diagnostics.nuts"], "MCMC", work)
     with pytest.raises(ValueError, match="expected continuous latents, got Categorical at site 'z'"):
         diagnostics.nuts(Mixture(), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="expected latents whose support is fixed, got Interval at site 'z'"):
+        diagnostics.nuts(Below(), torch.ones(1))
     sphere = pyro_vae.build((8, 8), latent=3, prior="UniformSphere()", posterior="VonMisesFisher()")
     with pytest.raises(ValueError, match="expected latents that gradients can move freely, got Sphere"):
         diagnostics.nuts(sphere, torch.ones(1, 8, 8))

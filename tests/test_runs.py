@@ -191,9 +191,13 @@ def test_a_folder_is_back_where_an_interrupt_came_between(tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return plain(self, target)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
-        temporary.mkdir()
+    def written():
+        with replacing(path) as temporary:
+            temporary.mkdir()
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Path, "replace", interrupted)
+        written()
     assert [each.name for each in tmp_path.rglob("*")] == ["store", "old"]
 
 

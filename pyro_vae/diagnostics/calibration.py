@@ -18,6 +18,7 @@ from pyro_vae.diagnostics.verdict import Verdict, holm
 from pyro_vae.estimators.particles import given, local_sites
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation import checked_batches, posterior_draws, prior_draws
+from pyro_vae.evaluation.draws import check_observed
 from pyro_vae.programs import Program, num_inputs, placement, undisturbed
 
 __all__ = ["Calibration", "calibration"]
@@ -192,7 +193,9 @@ def _ranks(program: Program, like: Any, num: int, num_samples: int) -> Iterator[
     while left:
         for batch in batches.epoch(0):
             if shared is None:
-                shared = posterior_draws(program, *batch, num_samples=1).shared
+                drawn = posterior_draws(program, *batch, num_samples=1)
+                check_observed(drawn.log_likelihood)  # what else is observed would tell of z, which is drawn without it
+                shared = drawn.shared
             batch = tuple(item[:left] if isinstance(item, Tensor) else item for item in batch)
             latents, x = prior_draws(program, *batch, num_samples=1, shared=shared)
             draws = guide_draws(program, (x[0], *batch[1:]), num_samples, shared)

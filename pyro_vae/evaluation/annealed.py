@@ -16,7 +16,7 @@ from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE, VALUES_AT_ONCE
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation.batches import checked_batches
 from pyro_vae.evaluation.densities import LatentSpace
-from pyro_vae.evaluation.draws import prior_draws
+from pyro_vae.evaluation.draws import check_observed, prior_draws
 from pyro_vae.evaluation.generation import takes_x_alone
 from pyro_vae.programs import Program, placement, undisturbed
 
@@ -25,7 +25,7 @@ __all__ = ["Annealed", "Bidirectional", "annealed_log_likelihood", "bidirectiona
 TARGET = 0.8  # acceptance; Wu et al. (2017) take 0.65, and chains of the same cost had weights less alike with it
 RATE = 0.2  # of the logarithm of a step size, a move: fast enough to follow the path, and its noise does no harm
 JITTER = 0.2  # a move's steps are this share of the step size at least, at random
-FIRST_STEP = 0.5  # in standard deviations of the prior
+FIRST_STEP = 0.5  # in scales of the prior
 ADAPTING_CHAINS = 4
 ADAPTING_MOVES = 100  # at least, however short the path
 STEEPNESS = 4.0  # of the sigmoid schedule (Wu et al., 2017)
@@ -36,7 +36,9 @@ class Annealed(NamedTuple):
 
     Attributes:
         log_evidence: Estimate of log p(x), in nats: a lower bound in expectation, whose exponential is unbiased.
-        error: Its Monte Carlo standard error, in nats; NaN with one chain.
+        error: Its Monte Carlo standard error, in nats; NaN with one chain. It is of the chains' own spread, and at most
+            1: where `ess` is below about 2, one chain has most of the weight, and the evidence may be higher by any
+            amount.
         acceptance: Share of the moves that were accepted, in [0, 1]; NaN where there were none.
         ess: Effective sample size of the chains' weights, from 1 to K.
     """
@@ -91,8 +93,9 @@ def annealed_log_likelihood(
               z_{k,0} \sim p(z), \quad z_{k,i} \sim \text{HMC}_{t_i}(z_{k,i-1}), \quad 0 = t_0 < \dots < t_T = 1
 
     A move leaves :math:`p(z)\, p(x \mid z)^{t_i}` as it is. Temperatures follow a sigmoid, dense at both ends. Each
-    datum has a step size at each temperature, in units of the prior's standard deviations. It is adapted to an
-    acceptance of 0.8 by four chains of their own, and then fixed, so that the mean of the weights stays unbiased.
+    datum has a step size at each temperature, in units of the prior's standard deviations (or, where its tails are
+    heavy, of its interquartile ranges). It is adapted to an acceptance of 0.8 by four chains of their own, and then
+    fixed, so that the mean of the weights stays unbiased.
 
     The guide takes no part: this is a witness that owes it nothing. A path from the guide would be shorter, but blind
     where the guide is, and would ask for its density at points that it has not drawn, at which an inverse
@@ -165,7 +168,7 @@ def bidirectional(
     do for the model's own data, and for real data as far as these are like them.
 
     Args:
-        program: Any program that keeps its local sites in one plate named "data", with continuous latents, whose
+        program: Any program that keeps its local sites in one plate named "data", with continuous latents, whose only
             observed site is "x", or whose sites "x.<part>" hold its columns in order.
         num: Number of data to simulate.
         like: Data whose shape and companions (an exposure, say) the simulated ones have, at most `num` of them; None
@@ -180,7 +183,8 @@ def bidirectional(
         A `Bidirectional`.
 
     Raises:
-        ValueError: If a number is not positive, a latent is discrete, or `like` is needed.
+        ValueError: If a number is not positive, a latent is discrete, `like` is needed, or the model observes more
+            than x.
 
     Reference:
         Grosse, Ancha and Roy, 2016. Measuring the reliability of MCMC inference with bidirectional Monte Carlo.
@@ -198,7 +202,9 @@ def bidirectional(
     parts, shared = [], None
     with _working(program, seed, progress) as advance:
         for template in templates:
-            shared = LatentSpace(program, *template, shared=shared).shared
+            like_it = LatentSpace(program, *template, shared=shared)
+            check_observed(like_it.observed)
+            shared = like_it.shared
             latents, x = prior_draws(program, *template, num_samples=1, shared=shared)
             space = LatentSpace(program, x[0], *template[1:], shared=shared)
             work = len(x[0]) / sum(len(each[0]) for each in templates) / _chain_moves(num_temperatures, 2 * num_chains)
@@ -261,7 +267,7 @@ class _State(NamedTuple):
 class _Path:
     """A path of temperatures from the prior to the posterior of each datum of a batch, with its moves.
 
-    Steps are in units of the prior's standard deviation of each dimension, which priors may have of any size. They are
+    Steps are in units of the prior's scale of each dimension, which priors may have of any size. They are
     adapted by chains that are then thrown away: chains that adapt their own steps would no longer leave each
     distribution as it is, and their weights would be biased.
     """
@@ -269,7 +275,7 @@ class _Path:
     def __init__(self, space: LatentSpace, num_temperatures: int, num_leapfrog: int, advance: Callable[[float], Any]):
         self.space, self.num_leapfrog, self.advance = space, num_leapfrog, advance
         self.temperatures = _sigmoid_schedule(num_temperatures)
-        self.scale = space.prior_draws(100).std(0)
+        self.scale = space.prior_scale()
         self.step_sizes = self._adapted()
 
     def forward(self, num_chains: int) -> tuple[Tensor, Tensor]:

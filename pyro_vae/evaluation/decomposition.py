@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import pyro
@@ -108,7 +109,7 @@ def elbo_decomposition(
         An `ELBODecomposition`, in nats per datum.
 
     Raises:
-        ValueError: If `num_samples` or `num_data` is not positive, or the data do not suit the program.
+        ValueError: If `num_samples` or `num_data` is not a positive whole number, or the data do not suit the program.
 
     Reference:
         Hoffman and Johnson, 2016. ELBO surgery: yet another way to carve up the variational evidence lower bound. Chen
@@ -123,8 +124,8 @@ def elbo_decomposition(
         True
     """
     for name, number in (("num_samples", num_samples), ("num_data", num_data)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name}: expected a positive number, got {number}")
+        if number is not None and not (isinstance(number, Integral) and number > 0):
+            raise ValueError(f"{name}: expected a positive whole number, got {number}")
     checked = checked_batches(program, x, num_samples)
     with (
         undisturbed(program, seed),

@@ -12,10 +12,14 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae.estimators.particles import given, local_sites, log_prob
-from pyro_vae.evaluation.draws import posterior_draws, prior_draws
+from pyro_vae.evaluation.draws import posterior_draws, prior_latents
 from pyro_vae.programs import Program
 
 __all__ = ["LatentSpace"]
+
+SUPPORT_DRAWS = 10  # from the prior, by which a support that changes with other latents is found
+SCALE_DRAWS = 100  # from the prior, of which its scales are told
+NORMAL_RANGE = 1.349  # interquartile range of a normal, in standard deviations
 
 
 class LatentSpace:
@@ -34,9 +38,11 @@ class LatentSpace:
 
     Attributes:
         size: Number `D` of dimensions of `u`.
+        observed: Names of the observed local sites.
 
     Raises:
-        ValueError: If a latent is discrete, or its support cannot be reached from an unconstrained space.
+        ValueError: If a latent is discrete, its support cannot be reached from an unconstrained space, or that support
+            depends on other latents.
 
     Example:
         >>> import pyro_vae
@@ -51,11 +57,12 @@ class LatentSpace:
         self.program, self.batch = program, batch
         with torch.no_grad():
             drawn = posterior_draws(program, *batch, num_samples=1, shared=shared)
-            self.shared = drawn.shared
+            self.shared, self.observed = drawn.shared, tuple(drawn.log_likelihood)
             model = poutine.trace(given(program.model, drawn.latents | drawn.shared)).get_trace(*batch)
         self._transforms = {site["name"]: _transform(site) for site in local_sites(model, observed=False)}
         self._shapes = {name: _shape(t, drawn.latents[name]) for name, t in self._transforms.items()}
         self.size = sum(shape.numel() for shape in self._shapes.values())
+        self._check_supports()
 
     def unconstrained(self, latents: Mapping[str, Tensor]) -> Tensor:
         """The vectors `u`, of shape `(K, B, D)`, of latents by site, each of shape `(K, B, *event_shape)`."""
@@ -85,8 +92,35 @@ class LatentSpace:
 
     def prior_draws(self, num_samples: int) -> Tensor:
         """Vectors `u` from the prior, of shape `(S, B, D)`."""
-        latents, _ = prior_draws(self.program, *self.batch, num_samples=num_samples, shared=self.shared)
+        latents = prior_latents(self.program, *self.batch, num_samples=num_samples, shared=self.shared)
         return self.unconstrained(latents)
+
+    def prior_scale(self) -> Tensor:
+        """The prior's scale in each dimension, of shape `(B, D)`: its standard deviation, but for heavy tails.
+
+        Where that is twice the one of a normal with the same quartiles, it is of a few far draws, and this is taken.
+        """
+        draws = self.prior_draws(SCALE_DRAWS)
+        ordered, quarter = draws.sort(0).values, SCALE_DRAWS // 4
+        between = (ordered[-1 - quarter] - ordered[quarter]) / NORMAL_RANGE
+        deviation = draws.std(0)
+        return torch.where((between > 0) & ~(deviation <= 2 * between), between, deviation)
+
+    @torch.no_grad()
+    def _check_supports(self) -> None:
+        """Each support, as the draw from the guide has it, must be that at draws from the prior."""
+        plate = pyro.plate("particles", SUPPORT_DRAWS, dim=-2)
+        model: Any = poutine.trace(given(plate(self.program.model), self.shared)).get_trace(*self.batch)
+        for site in local_sites(model, observed=False):
+            name = site["name"]
+            # Transforms are told apart by what they make of one point, whatever their bounds are called.
+            point = site["value"].new_ones(SUPPORT_DRAWS, len(self.batch[0]), *self._shapes[name])
+            here, there = self._transforms[name](point), _transform(site)(point)
+            if not torch.allclose(here, there, equal_nan=True):
+                raise ValueError(
+                    f"expected latents whose support is fixed, got {_support(site)} at site {name!r} with bounds that "
+                    "depend on other latents; sample a latent of fixed support and scale it (b = a * share)"
+                )
 
     def _parts(self, u: Tensor) -> dict[str, Tensor]:
         parts = u.split([shape.numel() for shape in self._shapes.values()], -1)
@@ -109,6 +143,10 @@ def _transform(site: Any) -> Any:
         return biject_to(support)
     except NotImplementedError:
         raise ValueError(f"expected latents that gradients can move freely, got {support} at site {name!r}") from None
+
+
+def _support(site: Any) -> str:
+    return type(getattr(site["fn"].support, "base_constraint", site["fn"].support)).__name__.strip("_")
 
 
 def _shape(transform: Any, value: Tensor) -> torch.Size:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -24,7 +25,8 @@ class Draws(NamedTuple):
 
     Attributes:
         latents: Local latents by site, of shape `(S, B, *event_shape)`.
-        shared: Global latents by site, of shape `(S, 1, *event_shape)`: each draw is shared by all data.
+        shared: Global latents by site, of shape `(S, 1, *event_shape)`: each draw is shared by all data. Those in a
+            plate of their own, of size P, have shape `(S, P, *event_shape)`.
         log_prior: log p(z), of shape `(S, B)`.
         log_likelihood: log p(x given z) by observed site, of shape `(S, B)`.
         log_posterior: log q(z given x), of shape `(S, B)`.
@@ -77,7 +79,7 @@ def posterior_draws(
 
     return Draws(
         latents={site["name"]: _expanded(site, num_samples, size) for site in sites},
-        shared=_shared(guide),
+        shared=global_latents(guide),
         log_prior=total(priors),
         log_likelihood={site["name"]: total([site]) for site in observed},
         log_posterior=total(sites),
@@ -100,6 +102,9 @@ def prior_draws(
     Returns:
         Local latents by site, of shape `(S, B, *event_shape)`, and data of shape `(S, *x.shape)`.
 
+    Raises:
+        ValueError: If the program cannot be run on zeros in place of x (see `predictive_draws`).
+
     Example:
         >>> import pyro_vae
         >>> latents, x = prior_draws(pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8), num_samples=5)
@@ -108,15 +113,42 @@ def prior_draws(
     """
     plate = _samples(num_samples)
     if shared is None:
-        shared = _shared(poutine.trace(plate(program.guide)).get_trace(*_withheld(batch)))
+        shared = global_latents(_traced(plate(program.guide), batch))
     model = _simulated(plate(program.model), shared, batch)
-    latents = local_sites(model, observed=False)
-    expanded = {site["name"]: _expanded(site, num_samples, len(batch[0])) for site in latents if not _is_x(site)}
-    return expanded, _data(model, num_samples, batch[0])
+    # What the model observes is traced as latents are, where all is simulated.
+    sites = [site for site in local_sites(model, observed=False) if "was_observed" not in site["infer"]]
+    latents = {site["name"]: _expanded(site, num_samples, len(batch[0])) for site in sites}
+    return latents, _data(model, num_samples, batch[0])
+
+
+def prior_latents(program: Program, *batch: Any, num_samples: int, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Draw local latents from the prior, given the batch: what the model observes need be neither "x" nor simulated.
+
+    Args:
+        program: Any program that keeps its local sites in one plate named "data".
+        *batch: What model and guide take.
+        num_samples: Number `S` of draws for each datum.
+        shared: Global latents, by site.
+
+    Returns:
+        Local latents by site, of shape `(S, B, *event_shape)`.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> prior_latents(vae, torch.ones(3, 8, 8), num_samples=5, shared={})["z"].shape
+        torch.Size([5, 3, 2])
+    """
+    model: Any = poutine.trace(given(_samples(num_samples)(program.model), shared)).get_trace(*batch)
+    sites = local_sites(model, observed=False)
+    return {site["name"]: _expanded(site, num_samples, len(batch[0])) for site in sites}
 
 
 def predictive_draws(program: Program, *batch: Any, draws: Draws) -> Tensor:
     """Draw data at draws of the latents, the data of the batch withheld: never are these handed back.
+
+    The model is run on zeros in place of x. One that takes more from x than its shape, such as the total of counts,
+    should have that as a tensor of its own beside x.
 
     Args:
         program: Any program whose observed site is "x", or whose sites "x.<part>" hold its columns in order.
@@ -125,6 +157,9 @@ def predictive_draws(program: Program, *batch: Any, draws: Draws) -> Tensor:
 
     Returns:
         A tensor of shape `(S, *x.shape)`.
+
+    Raises:
+        ValueError: If the model cannot be run on zeros in place of x.
 
     Example:
         >>> import pyro_vae
@@ -146,11 +181,57 @@ def _withheld(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     return torch.zeros_like(batch[0]), *batch[1:]
 
 
+class _Simulating(UnconditionMessenger):
+    """All that is observed is drawn, but for what follows from other draws: this has its value from them."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
+
+
 def _simulated(model: Callable, values: Mapping[str, Tensor], batch: tuple[Any, ...]) -> Any:
-    return poutine.trace(given(poutine.uncondition(model), values)).get_trace(*_withheld(batch))
+    return _traced(given(_Simulating()(model), values), batch)
 
 
-def _shared(trace: Any) -> dict[str, Tensor]:
+def _traced(program: Callable, batch: tuple[Any, ...]) -> Any:
+    """The trace of a model or guide, the data of the batch withheld."""
+    try:
+        return poutine.trace(program).get_trace(*_withheld(batch))
+    except (RuntimeError, ValueError) as error:
+        program(*batch)  # what fails with the data too is none of the withholding's
+        raise ValueError(
+            "expected a program that takes nothing of x but its shape, as x is withheld where data are drawn, got "
+            f"{type(error).__name__} with zeros for x; pass what it reads of x (a total count, say) as a tensor of its "
+            "own"
+        ) from error
+
+
+def check_observed(names: Iterable[str]) -> None:
+    """Refuse what asks for x as the model would draw it together with all else that it observes.
+
+    Args:
+        names: Observed sites in the plate "data", as `Draws.log_likelihood` has them.
+
+    Example:
+        >>> check_observed(["x.age", "x.sex"])
+    """
+    others = [name for name in names if name != "x" and not name.startswith("x.")]
+    if others:
+        raise ValueError(
+            f'expected a model that observes "x", or its parts "x.<part>", alone, got {others} too: simulated data '
+            "would not be what the model has of its own"
+        )
+
+
+def global_latents(trace: Any) -> dict[str, Tensor]:
+    """The latents of a trace that belong to no datum, by site.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> global_latents(poutine.trace(vae.guide).get_trace(torch.ones(3, 8, 8)))
+        {}
+    """
     sites = [site for site in trace.nodes.values() if site["type"] == "sample" and not site["is_observed"]]
     return {site["name"]: site["value"] for site in sites if not in_data_plate(site) and not site_is_subsample(site)}
 
@@ -161,11 +242,7 @@ def _expanded(site: Any, num_samples: int, size: int) -> Tensor:
     return value.expand(num_samples, size, *value.shape[value.ndim - event_dim :])
 
 
-def _is_x(site: Any) -> bool:
-    return site["name"] == "x" or site["name"].startswith("x.")
-
-
 def _data(model: Any, num_samples: int, x: Tensor) -> Tensor:
     parts = [_expanded(site, num_samples, len(x)) for site in observed_sites(model)]
     drawn = parts[0] if len(parts) == 1 else torch.cat([part.reshape(num_samples, len(x), -1) for part in parts], -1)
-    return drawn.reshape(num_samples, *x.shape)
+    return drawn.reshape(num_samples, *x.shape).to(x.dtype)  # a guide takes what is drawn as it takes data

@@ -46,7 +46,7 @@ def to_arviz(
     `sample_stats`            `log_weights` in nats; of each datum `khat`, and `ess` in draws
     `prior`                   latents from the model alone, the global ones too
     `prior_predictive`        data drawn from the model at these
-    `observed_data`           the data
+    `observed_data`           the data; of a site that observes something else than x (of which nothing is drawn), that
     `constant_data`           `label`, and what else the program takes beside x
     ========================  ======================================================================================
 
@@ -64,7 +64,8 @@ def to_arviz(
         x: Tensor, array, table, `Dataset` or `DataLoader`.
         num_samples: Number `S` of draws for each datum.
         num_prior_samples: Draws from the prior for each datum; None for as many, 0 to leave these groups out.
-        labels: One a datum, for `constant_data`; None for those that the data have and the program does not take.
+        labels: One a datum, for `constant_data`; None for the `y` of data in memory, an `InMemory` or a pair `(x, y)`,
+            if the program does not take it. What else a `Dataset` or `DataLoader` holds is not looked at.
         coords: Coordinates by dimension, in place of numbers from 0 and of the names of a table's columns.
         chunk: Number of data at a time; None for as many as keep draws of x within 2^22 values.
         reweight: "psis" to resample each datum's draws, with replacement, by their Pareto-smoothed importance weights.
@@ -78,7 +79,8 @@ def to_arviz(
 
     Raises:
         ValueError: If a number is not positive, the data do not suit the program, labels or coordinates do not suit the
-            data, or global latents would have to be reweighted.
+            data (or come with a `DataLoader` that shuffles, or leaves some out), names of sites are those of dimensions
+            or of each other, global latents would have to be reweighted, or weights that are all 0 or not numbers.
 
     Reference:
         Kumar, Carroll, Hartikainen and Martin, 2019. ArviZ, a unified library for exploratory analysis of Bayesian
@@ -148,7 +150,8 @@ def write_arviz(
         The path.
 
     Raises:
-        ValueError: If the path ends otherwise, or is a folder and no Zarr store; or as `to_arviz` does.
+        ValueError: If the path ends otherwise, is a folder and no Zarr store, or a file where a store is to be; if
+            labels or coordinates are such as the format does not hold (times, say); or as `to_arviz` does.
 
     Reference:
         Kumar, Carroll, Hartikainen and Martin, 2019. ArviZ, a unified library for exploratory analysis of Bayesian
@@ -176,6 +179,7 @@ def write_arviz(
         seed=seed,
         config=config,
     )
+    _check_times(path, chunks)
     with replacing(path) as temporary:
         writer = WRITERS[path.suffix](temporary, chunks.attributes)
         chunks.each(writer.take, progress)
@@ -183,7 +187,21 @@ def write_arviz(
     return path
 
 
+def _check_times(path: Path, chunks: Chunks) -> None:
+    for name, values in (("labels", chunks.labels), ("coords['datum']", chunks.coords.get("datum"))):
+        if path.suffix == ".nc" and values is not None and values.dtype.kind in "mM":
+            raise ValueError(
+                f"{name}: expected numbers or text in NetCDF, got {values.dtype}; take a .zarr store, or text "
+                "(.astype(str))"
+            )
+
+
 def _check_path(path: Path) -> None:
+    parents = [parent for parent in path.parents if parent.exists() and not parent.is_dir()]
+    if parents or (path.suffix == ".zarr" and path.exists() and not path.is_dir()):
+        raise ValueError(
+            f"path: expected a place for a folder or file, got the file {str((*parents, path)[0])!r} there"
+        )
     if path.suffix not in WRITERS:
         raise ValueError(f"path: expected one that ends in {' or '.join(WRITERS)}, got {str(path)!r}")
     is_store = any((path / name).is_file() for name in (".zgroup", "zarr.json"))

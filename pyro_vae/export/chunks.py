@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
-from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-import yaml
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -20,10 +18,21 @@ from torch.distributions import TransformedDistribution
 
 from pyro_vae import likelihoods
 from pyro_vae.data import InMemory
+from pyro_vae.estimators.particles import local_sites
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation.batches import checked_batches
 from pyro_vae.evaluation.draws import Draws, posterior_draws, predictive_draws, prior_draws
 from pyro_vae.evaluation.generation import observed_sites
+from pyro_vae.export.names import (
+    check_names,
+    check_options,
+    check_order,
+    companions,
+    numbered,
+    safe,
+    text_of,
+    x_dims,
+)
 from pyro_vae.export.stores import Variables
 from pyro_vae.export.weights import resampled, shapes_and_sizes
 from pyro_vae.handlers import in_data_plate
@@ -41,7 +50,9 @@ _CONDITIONAL = (
 )
 _STATISTICS = {
     "log_weights": "log p(x, z) - log q(z | x) of each draw, in nats, unscaled",
-    "khat": "shape of the Pareto tail of the importance weights; NaN of too few draws, -inf of equal weights",
+    "khat": "shape of the Pareto tail of the importance weights; NaN of too few draws, -inf of equal weights. Of a "
+    "program with global latents each draw has its own, where diagnostics.khat gives all weights one draw of them, and "
+    "k-hat may be higher here",
     "ess": "effective number of draws: 1 / sum of squares of the smoothed weights, normalized",
 }
 _SAMPLE = ("chain", "draw")
@@ -93,18 +104,22 @@ class Chunks:
         config: Mapping[str, Any] | str | None = None,
     ):
         self.num_prior_samples = num_samples if num_prior_samples is None else num_prior_samples
-        _check_options(num_samples, self.num_prior_samples, chunk, reweight)
+        check_options(num_samples, self.num_prior_samples, chunk, reweight, coords)
         self.program, self.num_samples, self.reweight, self.seed = program, num_samples, reweight, seed
         self.batches = checked_batches(program, x, 1)
         self.num_data = self.batches.num_data
+        check_order(self.batches.source, labels, coords)
+        self.paired = labels is not None or "datum" in (coords or {})  # with the data, one for one
         first, sites = self._first()
         values = max(first[0].numel(), LEAST_VALUES) * max(num_samples, self.num_prior_samples)
         self.chunk = min(chunk or max(1, VALUES_AT_ONCE // values), self.num_data)
         self.batches.batch_size = self.chunk
         self.parts = _parts(sites, self.batches.source)
-        self.names = _companions(program, len(first) - 1)
+        self.names = companions(program, len(first) - 1)
+        if labels is not None and "label" in self.names:
+            raise ValueError("labels: expected none, as the program takes some by that name itself, got others")
         self.labels = self._labels(labels)
-        self.x_dims = _x_dims(first[0].shape[1:], self._columns())
+        self.x_dims = x_dims(first[0].shape[1:], self._columns())
         self.coords = self._known_coords() | {name: np.asarray(values) for name, values in (coords or {}).items()}
         self.wanted = set(coords or {})  # coordinates whose dimension has not come yet
         self.attributes = self._attributes(config)
@@ -122,17 +137,36 @@ class Chunks:
             advance = begin("draws")
             for chunk in self._chunks():
                 rows = slice(start, start + len(chunk[0]))
+                if rows.stop > self.num_data:
+                    raise ValueError(f"data: expected each of {self.num_data} data at most once, got more")
                 take(self._groups(chunk, rows), rows)
                 gc.collect(1)  # what was written to Zarr is held in cycles, and would add up
                 advance(len(chunk[0]))
                 start = rows.stop
+        if self.paired and start != self.num_data:
+            raise ValueError(
+                f"labels and coords['datum']: expected a DataLoader that gives all {self.num_data} data, got {start}; "
+                "take drop_last=False, or the Dataset"
+            )
 
     def _first(self) -> tuple[tuple[Tensor, ...], list[Any]]:
-        """The first datum, and the sites where the model observes it."""
+        """The first datum, and the sites where the model observes it; what other sites are is kept."""
         with undisturbed(self.program, self.seed), pyro.validation_enabled(False):
             first = tuple(tensor[:1] for tensor in next(self.batches.epoch(0)))
-            guide: Any = poutine.trace(self.program.guide).get_trace(*first)
-            return first, observed_sites(poutine.trace(poutine.replay(self.program.model, guide)).get_trace(*first))
+            guide, model = self._traces(first)
+        sites = observed_sites(model)
+        check_names(site["name"] for site in sites)
+        local = [site for site in local_sites(model, observed=True) if not site["infer"].get("_deterministic")]
+        x = {site["name"] for site in sites}
+        self.factors = {site["name"] for site in local if isinstance(site["fn"], dist.Unit)}
+        self.others = [site["name"] for site in local if site["name"] not in x | self.factors]
+        stacks = {site["name"]: site["cond_indep_stack"] for site in guide.nodes.values() if site["type"] == "sample"}
+        self.plated = {name for name, stack in stacks.items() if any(f.vectorized and f.dim == -1 for f in stack)}
+        return first, sites
+
+    def _traces(self, batch: tuple[Tensor, ...]) -> tuple[Any, Any]:
+        guide: Any = poutine.trace(self.program.guide).get_trace(*batch)
+        return guide, poutine.trace(poutine.replay(self.program.model, guide)).get_trace(*batch)
 
     def _chunks(self) -> Iterator[tuple[Tensor, ...]]:
         for batch in self.batches.epoch(0):  # which a loader makes of a size of its own
@@ -141,41 +175,55 @@ class Chunks:
     def _groups(self, batch: tuple[Tensor, ...], rows: slice) -> dict[str, Variables]:
         draws = posterior_draws(self.program, *batch, num_samples=self.num_samples, shared=self.shared)
         self.shared = draws.shared
+        check_names([*draws.latents, *draws.shared])
         khat, ess = shapes_and_sizes(draws)
         if self.reweight:
-            draws = resampled(draws)
+            draws = resampled(draws, rows.start)
         predicted = predictive_draws(self.program, *batch, draws=draws)
         groups = {
             "posterior": self._latents(draws.latents, draws.shared),
             "posterior_predictive": self._data(predicted, drawn=True),
             "log_likelihood": self._log_likelihood(draws),
             "sample_stats": _statistics(draws.log_weights, khat, ess),
-            **self._prior(batch),
-            "observed_data": self._data(batch[0], drawn=False),
+            **self._prior(batch, set(draws.latents)),
+            "observed_data": self._data(batch[0], drawn=False) | self._observed_beside(batch),
             "constant_data": self._constants(batch[1:], rows),
         }
         return self._with_coordinates({name: group for name, group in groups.items() if group}, rows)
 
-    def _prior(self, batch: tuple[Tensor, ...]) -> dict[str, Variables]:
+    def _observed_beside(self, batch: tuple[Tensor, ...]) -> Variables:
+        """Values of sites where something else than x is observed."""
+        if not self.others:
+            return {}
+        variables: Variables = {}
+        model = self._traces(batch)[1]
+        for site in self.others:
+            value, shape, name = model.nodes[site]["value"], model.nodes[site]["fn"].event_shape, safe(site)
+            value = value.expand(len(batch[0]), *shape)
+            variables[name] = (("datum", *numbered(name, len(shape))), _array(value), {})
+        return variables
+
+    def _prior(self, batch: tuple[Tensor, ...], names: set[str]) -> dict[str, Variables]:
         """Draws from the model alone, where global latents are those of the model too, and not of the guide."""
         if self.num_prior_samples == 0:
             return {}
         if self.prior_shared is None:
             self.prior_shared = _global_latents(self.program, batch, self.num_prior_samples)
         latents, x = prior_draws(self.program, *batch, num_samples=self.num_prior_samples, shared=self.prior_shared)
+        latents = {name: value for name, value in latents.items() if name in names}  # and no data but x
         return {"prior": self._latents(latents, self.prior_shared), "prior_predictive": self._data(x, drawn=True)}
 
     def _latents(self, latents: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Variables:
         variables: Variables = {}
         for site, value in latents.items():
-            name, ndim = _safe(site), value.ndim - 2
-            dims = ("latent",) if site == "z" and ndim == 1 else _numbered(name, ndim)
+            name, ndim = safe(site), value.ndim - 2
+            dims = ("latent",) if site == "z" and ndim == 1 else numbered(name, ndim)
             variables[name] = ((*_SAMPLE, "datum", *dims), _array(value)[None], {})
         for site, value in shared.items():
             # Draws stand at dim=-2. At dim=-1 is one, in place of data, or a plate that is the latent's own.
-            value = value[:, 0] if value.shape[1] == 1 else value
-            name = _safe(site)
-            variables[name] = ((*_SAMPLE, *_numbered(name, value.ndim - 1)), _array(value)[None], {})
+            value = value if site in self.plated or value.shape[1] > 1 else value[:, 0]
+            name = safe(site)
+            variables[name] = ((*_SAMPLE, *numbered(name, value.ndim - 1)), _array(value)[None], {})
         return variables
 
     def _data(self, x: Tensor, drawn: bool) -> Variables:
@@ -186,8 +234,8 @@ class Chunks:
             values = list(x.flatten(2 if drawn else 1).split([part.width or 0 for part in self.parts], -1))
         variables: Variables = {}
         for part, value in zip(self.parts, values, strict=True):
-            name, integers = _safe(part.name), part.drawn if drawn else part.given
-            dims = self.x_dims if part.width is None else _numbered(name, 1)
+            name, integers = safe(part.name), part.drawn if drawn else part.given
+            dims = self.x_dims if part.width is None else numbered(name, 1)
             if part.width == 1:  # one column is a scalar, as its log-likelihood is
                 value, dims = value[..., 0], ()
             array = _array(value if integers is None else value.to(integers))
@@ -197,14 +245,15 @@ class Chunks:
     def _log_likelihood(self, draws: Draws) -> Variables:
         attributes = {"description": _CONDITIONAL, "units": "nats"}
         return {
-            _safe(name): ((*_SAMPLE, "datum"), _array(value.double())[None], attributes)
+            safe(name): ((*_SAMPLE, "datum"), _array(value.double())[None], attributes)
             for name, value in draws.log_likelihood.items()
+            if name not in self.factors
         }
 
     def _constants(self, companions: tuple[Tensor, ...], rows: slice) -> Variables:
         variables: Variables = {} if self.labels is None else {"label": (("datum",), self.labels[rows], {})}
         for name, value in zip(self.names, companions, strict=True):
-            variables[name] = (("datum", *_numbered(name, value.ndim - 1)), _array(value), {})
+            variables[name] = (("datum", *numbered(name, value.ndim - 1)), _array(value), {})
         return variables
 
     def _with_coordinates(self, groups: dict[str, Variables], rows: slice) -> dict[str, Variables]:
@@ -212,6 +261,8 @@ class Chunks:
             sizes = {
                 dim: size for dims, values, _ in group.values() for dim, size in zip(dims, values.shape, strict=True)
             }
+            if lost := sorted(sizes.keys() & group.keys()):
+                raise ValueError(f"expected sites that have other names than dimensions, got {', '.join(lost)}")
             group.update({dim: ((dim,), self._coordinate(dim, size, rows), {}) for dim, size in sizes.items()})
             self.wanted -= set(sizes)
         if self.wanted:
@@ -238,7 +289,7 @@ class Chunks:
         known, start = {"column": np.asarray(columns)}, 0
         for part in self.parts:
             if part.width is not None:
-                known[f"{_safe(part.name)}_dim_0"] = np.asarray(columns[start : start + part.width])
+                known[f"{safe(part.name)}_dim_0"] = np.asarray(columns[start : start + part.width])
                 start += part.width
         return known
 
@@ -268,8 +319,7 @@ class Chunks:
         }
         if config is None:
             return found
-        text = config if isinstance(config, str) else yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        return found | {"config": text}
+        return found | {"config": text_of(config)}
 
 
 class _Part(NamedTuple):
@@ -321,47 +371,9 @@ def _global_latents(program: Program, batch: tuple[Tensor, ...], num_samples: in
     return {site["name"]: site["value"] for site in latents if not in_data_plate(site) and not site_is_subsample(site)}
 
 
-def _companions(program: Program, count: int) -> list[str]:
-    """Names of what the model takes beside x, as it calls them."""
-    names: list[str] = []
-    for parameter in list(signature(program.model).parameters.values())[1:]:
-        if parameter.kind is Parameter.VAR_POSITIONAL:
-            rest = count - len(names)
-            names += [parameter.name] if rest == 1 else [f"{parameter.name}_{i}" for i in range(rest)]
-        elif parameter.kind is not Parameter.VAR_KEYWORD:
-            names.append(parameter.name)
-    return names[:count]
-
-
-def _x_dims(event_shape: torch.Size, columns: tuple[str, ...] | None) -> tuple[str, ...]:
-    if len(event_shape) == 3:
-        return "channel", "height", "width"
-    return ("column",) if len(event_shape) == 1 and columns else _numbered("x", len(event_shape))
-
-
-def _numbered(name: str, ndim: int) -> tuple[str, ...]:
-    """Dimensions as ArviZ names them."""
-    return tuple(f"{name}_dim_{i}" for i in range(ndim))
-
-
-def _safe(name: str) -> str:
-    """The name of a site without what separates groups."""
-    return name.replace("/", ".")
-
-
 def _array(value: Tensor) -> np.ndarray:
     """Values in a dtype that all formats know."""
     value = value.detach().cpu()
     if value.dtype is torch.bool:
         value = value.to(torch.int8)
     return (value.float() if value.dtype in (torch.float16, torch.bfloat16) else value).numpy()
-
-
-def _check_options(num_samples: int, num_prior_samples: int, chunk: int | None, reweight: str | None) -> None:
-    for name, value, least in (("num_samples", num_samples, 1), ("num_prior_samples", num_prior_samples, 0)):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk: expected a positive number of data, got {chunk}")
-    if reweight not in (None, "psis"):
-        raise ValueError(f"reweight: expected None or 'psis', got {reweight!r}")

@@ -33,11 +33,15 @@ def shapes_and_sizes(draws: Draws) -> tuple[Tensor, Tensor]:
     return pareto_shapes(log_weights, rounding)
 
 
-def resampled(draws: Draws) -> Draws:
+def resampled(draws: Draws, first: int = 0) -> Draws:
     """Draws of each datum taken with replacement, in proportion to their Pareto-smoothed weights.
 
+    Args:
+        draws: The draws.
+        first: Number of the first datum among all.
+
     Raises:
-        ValueError: If some latents are global.
+        ValueError: If some latents are global, or all weights of a datum are 0, or some NaN or infinite.
 
     Example:
         >>> import pyro_vae
@@ -52,6 +56,12 @@ def resampled(draws: Draws) -> Draws:
             "each draw and each would weigh it otherwise; leave reweight=None"
         )
     weights = _smoothed(draws)
+    if len(wrong := (~weights.isfinite().all(0)).nonzero()[:, 0] + first):
+        named = ", ".join(map(str, wrong[:5].tolist())) + (", ..." if len(wrong) > 5 else "")
+        raise ValueError(
+            f"reweight: expected weights of which some are above 0 and all are numbers, got others for {len(wrong)} "
+            f"data: {named}; leave reweight=None"
+        )
     rows = torch.multinomial(weights.T, len(weights), replacement=True).T
 
     def taken(value: Tensor) -> Tensor:

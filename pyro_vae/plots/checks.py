@@ -180,8 +180,9 @@ def models(comparison: ModelComparison) -> Figure:
 
     Example:
         >>> import pyro_vae, torch
-        >>> programs = {str(latent): pyro_vae.build((8, 8), latent=latent) for latent in (1, 2)}
-        >>> found = pyro_vae.comparison.models(programs, torch.rand(20, 8, 8).round(), 4000)
+        >>> _ = torch.manual_seed(0)
+        >>> programs = {str(latent): pyro_vae.build((4,), latent=latent) for latent in (2, 3)}
+        >>> found = pyro_vae.comparison.models(programs, torch.rand(20, 4).round())
         >>> models(found).axes[1].get_xlabel()
         'behind the best (nats per datum)'
     """
