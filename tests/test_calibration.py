@@ -265,9 +265,10 @@ def test_what_else_is_observed_is_refused():
 
     class Second(LinearGaussian):
         def model(self, x):
-            super().model(x)
-            with pyro.plate("data", len(x), dim=-1):
-                pyro.sample("y", dist.Normal(x.new_zeros(()), 1.0), obs=x[:, 0])
+            with data_plate(x):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(z @ self.weight.T, 1.0).to_event(1), obs=x)
+                pyro.sample("y", dist.Normal(z[..., 0], 1.0), obs=x[:, 0])
 
     with pytest.raises(ValueError, match=r"alone, got \['y'\] too"):
         diagnostics.calibration(Second(), 10, like=torch.randn(5, 3, dtype=torch.float64))

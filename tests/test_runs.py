@@ -195,8 +195,8 @@ def test_a_folder_is_back_where_an_interrupt_came_between(tmp_path, monkeypatch)
         with replacing(path) as temporary:
             temporary.mkdir()
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Path, "replace", interrupted)
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         written()
     assert [each.name for each in tmp_path.rglob("*")] == ["store", "old"]
 
