@@ -107,7 +107,7 @@ def test_excess_zeros_under_a_poisson_fail():
     assert found.verdict.holds is False
     zeros = found.names.index("share of zeros")
     assert found.observed[zeros] == (x == 0).double().mean()
-    assert found.p_values[zeros] == found.smallest
+    assert found.p_values[zeros] == found.attainable
     assert "share of zeros" in found.verdict.finding
     assert "ZeroInflated" in predictive_checks(Counts(), x, {"share of zeros": predictive._zeros}).verdict.advice
 
@@ -187,7 +187,7 @@ def test_p_values_by_hand():
     found = checks([100.0, 0.0, -1.0], replicated)
     torch.testing.assert_close(found.p_values, torch.tensor([0.02, 1.0, 0.06]).double())
     torch.testing.assert_close(found.adjusted, torch.tensor([0.06, 1.0, 0.12]).double())
-    assert found.smallest == 0.02
+    assert found.attainable == 0.02
     torch.testing.assert_close(found.errors[0], torch.tensor(2 * math.sqrt(0.01 * 0.99 / 99)).double())
 
 

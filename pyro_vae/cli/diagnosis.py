@@ -48,9 +48,16 @@ def write(run: Path, diagnosis: Diagnosis, num_data: int, seed: int) -> None:
     runs.write_json(path, content)
 
 
-def _numbers(result: Any) -> dict[str, float]:
-    """What of a result is a single number, field or property."""
+def _numbers(result: Any) -> dict[str, Any]:
+    """What of a result is a single number, or a few by name: fields and properties."""
     names = [name for name in dir(result) if not name.startswith("_") and not callable(getattr(result, name))]
     values = {name: getattr(result, name) for name in names}
     values = {name: value.item() if getattr(value, "numel", int)() == 1 else value for name, value in values.items()}
-    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+    return {name: value for name, value in values.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict | tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        return bool(parts) and all(_is_plain(part) for part in parts)
+    return isinstance(value, int | float)

@@ -58,6 +58,11 @@ class Calibration:
         return _counts(self.ranks, self.num_samples) / len(self.ranks)
 
     @property
+    def smallest_p_value(self) -> float:
+        """The smallest of the p-values."""
+        return self.p_values.min().item()
+
+    @property
     def rejected(self) -> Tensor:
         """Which dimensions are not calibrated, of shape `(D,)`, by Holm's method at a family-wise level of 0.05."""
         return holm(self.p_values) <= REJECTED
@@ -81,7 +86,7 @@ class Calibration:
     def verdict(self) -> Verdict:
         """Holds where no dimension is rejected; None where too few data, or draws for each, can show what would be."""
         off = [int(i) for i in self.p_values.argsort() if self.rejected[i]]
-        smallest = self.p_values.min().item()
+        smallest = self.smallest_p_value
         shown = f"{smallest:.2g}" if smallest > 1e-10 else "below 1e-10"
         of = f"smallest p-value {shown}, {len(self.ranks)} simulations"
         if off:
@@ -193,9 +198,9 @@ def _ranks(program: Program, like: Any, num: int, num_samples: int) -> Iterator[
     while left:
         for batch in batches.epoch(0):
             if shared is None:
-                drawn = posterior_draws(program, *batch, num_samples=1)
-                check_observed(drawn.log_likelihood)  # what else is observed would tell of z, which is drawn without it
-                shared = drawn.shared
+                first = posterior_draws(program, *batch, num_samples=1)
+                check_observed(first.log_likelihood)  # what else is observed would tell of z, which is drawn without it
+                shared = first.shared
             batch = tuple(item[:left] if isinstance(item, Tensor) else item for item in batch)
             latents, x = prior_draws(program, *batch, num_samples=1, shared=shared)
             draws = guide_draws(program, (x[0], *batch[1:]), num_samples, shared)

@@ -102,7 +102,7 @@ class Collapse:
         if abs(beyond) < 2 * found.errors["mutual_information"]:
             return Verdict(None, finding, "more samples: num_samples")
         if beyond < 0:
-            return Verdict(False, f"{finding}: the latents go unused", SHARPEN)
+            return Verdict(False, f"{finding}: too little", SHARPEN)
         if self.decoded < SAID:
             ignored = "the decoder ignores them, as another datum's latents reconstruct the same"
             return Verdict(True, f"{finding}; but {ignored}", "inference_gap, as the true posterior says nothing then")
@@ -166,7 +166,7 @@ def collapse(
         >>> vae = pyro_vae.build((8, 8), latent=2)
         >>> _ = torch.nn.init.zeros_(vae.posterior.net.layers[-1].weight)  # the same whatever the datum
         >>> print(collapse(vae, torch.rand(50, 8, 8).round()).verdict.finding)
-        0.00 nats of mutual information (at most 3.91 of 50 data), rate 0.00, 0 of 2 units active: the latents go unused
+        0.00 nats of mutual information (at most 3.91 of 50 data), rate 0.00, 0 of 2 units active: too little
     """
     if not least_information > 0:
         raise ValueError(f"least_information: expected a positive number, got {least_information}")

@@ -123,7 +123,7 @@ class InferenceGap:
 def inference_gap(
     program: Program,
     x: Any,
-    num_data: int = 32,
+    num_data: int = 16,
     *,
     num_particles: int = 5000,
     num_chains: int = 16,

@@ -62,9 +62,14 @@ class PredictiveChecks:
         return 2 * (self._tail * (1 - self._tail) / len(self.replicated)).sqrt()
 
     @property
-    def smallest(self) -> float:
+    def attainable(self) -> float:
         """The smallest p-value that so many replicates can give."""
         return 2 / (len(self.replicated) + 1)
+
+    @property
+    def smallest_p_value(self) -> float:
+        """The smallest of the p-values."""
+        return self.p_values.min().item()
 
     @property
     def adjusted(self) -> Tensor:
@@ -86,8 +91,8 @@ class PredictiveChecks:
             worst = [i for i in adjusted.argsort().tolist() if adjusted[i] <= LEVEL]
             finding = "; ".join(map(self._said, worst[:3])) + (f"; {len(worst) - 3} more" if len(worst) > 3 else "")
             return Verdict(False, f"{kind} predictive draws differ: {finding}", self._advice(self.names[worst[0]]))
-        if len(self.names) * self.smallest > LEVEL:
-            finding = f"{len(self.replicated)} replicates cannot give a p-value below {self.smallest:.2g}"
+        if len(self.names) * self.attainable > LEVEL:
+            finding = f"{len(self.replicated)} replicates cannot give a p-value below {self.attainable:.2g}"
             least = round(2 * len(self.names) / LEVEL)
             return Verdict(None, f"{finding}, for {len(self.names)} statistics", f"num_samples={least} or more")
         least = int(self.p_values.argmin())
@@ -98,7 +103,7 @@ class PredictiveChecks:
         low, high = self.replicated[:, i].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         replicates = f"{low:.3g} to {high:.3g} of replicates"
         p_value = self.p_values[i].item()
-        sign = "at most" if p_value <= self.smallest else "="
+        sign = "at most" if p_value <= self.attainable else "="
         return f"{self.names[i]} {self.observed[i].item():.3g}, {replicates} (p {sign} {p_value:.2g})"
 
     def _advice(self, name: str) -> str:

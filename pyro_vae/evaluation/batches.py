@@ -13,6 +13,8 @@ __all__ = ["checked_batches"]
 
 def checked_batches(program: Program, data: Any, particles: int) -> Batches:
     """Batches whose decoder outputs, all particles together, stay within bounds; the data are checked on the way."""
+    if not (hasattr(program, "model") and hasattr(program, "guide")):
+        raise ValueError(f"program: expected a module with model and guide, got {type(program).__name__}")
     source = as_source(data)
     batches = Batches(source, program, batch_size=1)
     with undisturbed(program):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +205,8 @@ def _check_path(path: Path) -> None:
         )
     if path.suffix not in WRITERS:
         raise ValueError(f"path: expected one that ends in {' or '.join(WRITERS)}, got {str(path)!r}")
+    if path.suffix == ".zarr" and find_spec("zarr") is None:
+        raise ValueError("path: expected the package zarr for a .zarr store, got none; pip install 'pyro-vae[zarr]'")
     is_store = any((path / name).is_file() for name in (".zgroup", "zarr.json"))
     if path.is_dir() and not (path.suffix == ".zarr" and (is_store or not any(path.iterdir()))):
         raise ValueError(f"path: expected a place for a file, or a Zarr store to replace, got the folder {str(path)!r}")

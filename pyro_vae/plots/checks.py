@@ -146,7 +146,7 @@ def predictive_checks(checks: PredictiveChecks) -> Figure:
     for i, (axes, name) in enumerate(zip(all_axes, checks.names, strict=False)):
         _histogram(axes, checks.replicated[:, i].numpy(), checks.observed[i].item())
         p_value = checks.p_values[i].item()
-        sign = "≤" if p_value <= checks.smallest else "="
+        sign = "≤" if p_value <= checks.attainable else "="
         axes.set(xlabel=name, title=f"p {sign} {p_value:.2g}", yticks=[])
         failed = checks.adjusted[i] <= LEVEL
         axes.title.set_color("C3" if failed else "black")
