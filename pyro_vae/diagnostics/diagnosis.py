@@ -94,8 +94,8 @@ def diagnose(
     Example:
         >>> import pyro_vae, torch
         >>> vae, x = pyro_vae.build((8, 8), latent=2), torch.ones(20, 8, 8)
-        >>> diagnose(vae, x, only=["khat"]).verdicts["khat"].holds
-        True
+        >>> list(diagnose(vae, x, only=["collapse", "khat"]).verdicts)
+        ['collapse', 'khat']
     """
     return Diagnosis(dict(run_checks(program, x, only=only, seed=seed, progress=progress)))
 
