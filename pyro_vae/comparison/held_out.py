@@ -19,7 +19,7 @@ from pyro_vae.comparison.measures import check_measures, measure
 from pyro_vae.comparison.trust import LOW_SHARE, threshold
 from pyro_vae.data import InMemory, as_source
 from pyro_vae.diagnostics import Verdict
-from pyro_vae.diagnostics.khat import FEWEST_PARTICLES, ROUNDING, pareto_shapes
+from pyro_vae.diagnostics.khat import FEWEST_PARTICLES, pareto_shapes, summed
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE
 from pyro_vae.estimators.particles import log_probabilities
 from pyro_vae.estimators.terminal import progress_bar
@@ -233,16 +233,15 @@ def _importance(program: Program, data: Any, num_particles: int, seed: int, adva
 def _log_weights(
     program: Program, batch: tuple[Tensor, ...], num_particles: int, advance: Any
 ) -> tuple[Tensor, Tensor]:
-    """Log-weights of shape `(K, B)`, and of shape `(B,)` how much of their differences is rounding."""
-    parts, sizes = [], []
+    """Log-weights, and how much of each may be rounding, both of shape `(K, B)`."""
+    parts = []
     for first in range(0, num_particles, PARTICLES_AT_ONCE):
         k = min(PARTICLES_AT_ONCE, num_particles - first)
         prior, likelihood, posterior = log_probabilities(program.model, program.guide, *batch, num_particles=k)
-        terms = torch.stack([term.cpu().double() for term in (prior, likelihood, -posterior)])
-        parts.append(terms.sum(0))
-        sizes.append(terms.abs().sum(0).amax(0) * torch.finfo(prior.dtype).eps)
+        parts.append(summed(prior, likelihood, -posterior))
         advance(k / num_particles)
-    return torch.cat(parts), ROUNDING * torch.stack(sizes).amax(0)
+    log_weights, rounding = map(torch.cat, zip(*parts, strict=True))
+    return log_weights, rounding
 
 
 def _annealed(

@@ -152,16 +152,25 @@ def _log_weights(
     program: Program, batch: tuple[Any, ...], num_particles: int, shared: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Log-weights of shape `(K, B)`, and the size of the rounding errors in each of them."""
-    parts, sizes = [], []
+    parts = []
     for first in range(0, num_particles, PARTICLES_AT_ONCE):
         k = min(PARTICLES_AT_ONCE, num_particles - first)
         draws = posterior_draws(program, *batch, num_samples=k, shared=shared)
-        terms = [draws.log_prior, *draws.log_likelihood.values(), -draws.log_posterior]
-        precision = torch.finfo(terms[0].dtype).eps
-        exact = torch.stack([term.cpu().double() for term in terms])  # what is left of large terms is small
-        parts.append(exact.sum(0))
-        sizes.append(ROUNDING * precision * exact.abs().sum(0))
-    return torch.cat(parts), torch.cat(sizes)
+        parts.append(summed(draws.log_prior, *draws.log_likelihood.values(), -draws.log_posterior))
+    log_weights, rounding = map(torch.cat, zip(*parts, strict=True))
+    return log_weights, rounding
+
+
+def summed(*terms: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of log-probabilities in float64 on the CPU, and how much of each may be their rounding.
+
+    Example:
+        >>> log_weights, rounding = summed(torch.tensor([1e8]), torch.tensor([-1e8]))
+        >>> log_weights.item(), rounding.item() > 100
+        (0.0, True)
+    """
+    exact = torch.stack([term.detach().cpu().double() for term in terms])  # what is left of large terms is small
+    return exact.sum(0), ROUNDING * torch.finfo(terms[0].dtype).eps * exact.abs().sum(0)
 
 
 def pareto_shapes(log_weights: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:

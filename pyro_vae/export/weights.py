@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyro_vae.diagnostics.khat import FEWEST_PARTICLES, ROUNDING, pareto_shapes
+from pyro_vae.diagnostics.khat import FEWEST_PARTICLES, pareto_shapes, summed
 from pyro_vae.evaluation.draws import Draws
 
 __all__ = ["resampled", "shapes_and_sizes"]
@@ -95,7 +95,5 @@ def _smoothed(draws: Draws) -> Tensor:
 
 
 def _exact(draws: Draws) -> tuple[Tensor, Tensor]:
-    """Log-weights of shape `(S, B)`, and of shape `(B,)` how much of their differences is rounding."""
-    terms = [draws.log_prior, *draws.log_likelihood.values(), -draws.log_posterior]
-    exact = torch.stack([term.detach().cpu().double() for term in terms])  # what is left of large terms is small
-    return exact.sum(0), ROUNDING * torch.finfo(terms[0].dtype).eps * exact.abs().sum(0).amax(0)
+    """Log-weights, and how much of each may be rounding, both of shape `(S, B)`."""
+    return summed(draws.log_prior, *draws.log_likelihood.values(), -draws.log_posterior)
