@@ -431,6 +431,7 @@ def test_diagnose_says_what_holds(fitted, call):
     assert found["khat"]["numbers"]["share"] >= 0
     assert [found[name]["holds"] for name in found] == [True, False]  # after two epochs; p-values are below 1e-6
     assert "1 of 2 checks hold, 1 do not, 0 cannot tell" in out
+    assert "1 of 2: khat holds" in err
     assert all((run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in found)
     assert found["khat"]["num_data"] == 30
     assert call("diagnose", run, "--num-data", 20, "--only", "khat")[0] == 0

@@ -343,6 +343,8 @@ def diagnose(
     try:
         for name, result in diagnostics.run_checks(program, some, only=only or None, seed=seed):
             results[name] = result
+            said = f"{name} {str(result.verdict).partition(':')[0]}"  # at once, as the next check may take minutes
+            print(f"pyro-vae: {len(results)} of {len(only or diagnostics.CHECKS)}: {said}", file=sys.stderr)
     except KeyboardInterrupt:  # what is done is shown
         interrupted = True
     diagnosis = diagnostics.Diagnosis(results)
