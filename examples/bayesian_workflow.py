@@ -75,7 +75,7 @@ def main():
     parser.add_argument("--test", type=int, default=359, help="test digits")
     parser.add_argument("--num-samples", type=int, default=300, help="replicated data sets, and draws for each digit")
     parser.add_argument("--compared", type=int, default=40, help="test digits by whose evidence programs are compared")
-    parser.add_argument("--num-temperatures", type=int, default=150, help="steps of the annealed chains for these")
+    parser.add_argument("--num-temperatures", type=int, default=300, help="steps of the annealed chains for these")
     parser.add_argument("--checks", nargs="*", help="names of checks of the inference; by default all")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
