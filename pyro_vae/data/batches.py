@@ -84,28 +84,45 @@ class Batches:
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """The batches of an epoch, without its first `skip`."""
+        for raw in self.raw(epoch, skip):
+            yield self.prepare(*raw)
+
+    def raw(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """What `prepare` makes the batches of an epoch of, on the device: of data in memory, the rows and all data."""
         if isinstance(self.source, InMemory):
             for rows in self._order(epoch).to(self.device).split(self.batch_size)[skip:]:
-                yield self.rows(rows)
+                yield (rows, *self.source.tensors)
             return
         loader = self.source
         if not isinstance(loader, DataLoader):
             order, generator = self._order(epoch).tolist(), torch.Generator()  # else it draws from the global state
             loader = DataLoader(self.source, batch_size=self.batch_size, sampler=order, generator=generator)
         if skip == 0:
-            yield from map(self._inputs, loader)
+            yield from map(self._tensors, loader)
             return
         # What is skipped was drawn before the checkpoint, whose random state must not be touched again.
         with torch.random.fork_rng([]):
             rest = itertools.islice(loader, skip, None)
             batch = next(rest, None)
         while batch is not None:
-            yield self._inputs(batch)
+            yield self._tensors(batch)
             batch = next(rest, None)
+
+    def prepare(self, *raw: Tensor) -> tuple[Tensor, ...]:
+        """A batch of what `raw` gave, by computations on tensors alone, so that they can be compiled."""
+        if isinstance(self.source, InMemory):
+            rows, x, *y = raw
+            raw = self.source.serve(x[rows], *(labels[rows] for labels in y))
+        if len(raw) < self.num_inputs < MANY:
+            expected = f"expected {self.num_inputs} tensors in a batch, such as (x, exposure)"
+            raise ValueError(f"data: {expected}, got {len(raw)}")
+        x, *rest = raw[: self.num_inputs]
+        # Labels and other companions keep integer dtypes.
+        return (to_float(x, self.dtype), *(r.to(self.dtype) if r.is_floating_point() else r for r in rest))
 
     def rows(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The batch of these rows, a tensor of indices on the program's device, of data in memory."""
-        return self._inputs(self.source[rows])
+        return self.prepare(rows, *self.source.tensors)
 
     def _order(self, epoch: int) -> Tensor:
         if self.seed is None:
@@ -113,15 +130,11 @@ class Batches:
         state = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
         return torch.randperm(self.num_data, generator=torch.Generator().manual_seed(int(state[0])))
 
-    def _inputs(self, batch: Any) -> tuple[Tensor, ...]:
+    def _tensors(self, batch: Any) -> tuple[Tensor, ...]:
+        """What a stream gave, checked and on the device."""
         items = batch if isinstance(batch, tuple | list) else (batch,)
         if not all(isinstance(item, Tensor) for item in items):
             raise ValueError(
                 f"data: expected tensors in a batch, got {', '.join(type(item).__name__ for item in items)}"
             )
-        if len(items) < self.num_inputs < MANY:
-            expected = f"expected {self.num_inputs} tensors in a batch, such as (x, exposure)"
-            raise ValueError(f"data: {expected}, got {len(items)}")
-        x, *rest = (item.to(self.device, non_blocking=True) for item in items[: self.num_inputs])
-        # Labels and other companions keep integer dtypes.
-        return (to_float(x, self.dtype), *(r.to(self.dtype) if r.is_floating_point() else r for r in rest))
+        return tuple(item.to(self.device, non_blocking=True) for item in items[: self.num_inputs])

@@ -141,10 +141,18 @@ class InMemory(Dataset):
         return len(self.x)
 
     def __getitem__(self, index: Any) -> Any:
-        x = to_float(self.x[index])
-        if self.redrawn:
-            x = self._drawn(x)
-        return x if self.y is None else (x, self.y[index])
+        served = self.serve(*(tensor[index] for tensor in self.tensors))
+        return served[0] if self.y is None else served
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The data as they are kept, and the labels, if there are any."""
+        return (self.x,) if self.y is None else (self.x, self.y)
+
+    def serve(self, x: Tensor, *y: Tensor) -> tuple[Tensor, ...]:
+        """Data of the kept dtype as they are served: as floats, with what is random in them drawn."""
+        x = to_float(x)
+        return (self._drawn(x) if self.redrawn else x, *y)
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """What a `DataLoader` asks for."""
