@@ -17,10 +17,9 @@ from torch.utils.data import TensorDataset
 from pyro_vae.diagnostics.khat import ROUNDING, TOLERATED_SHARE, pareto_shapes
 from pyro_vae.diagnostics.verdict import Verdict
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE
-from pyro_vae.estimators.particles import Particles, given, local_sites, log_weights
+from pyro_vae.estimators.particles import Particles, given, global_latents, local_sites, log_weights
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation import LatentSpace, annealed_log_likelihood, checked_batches
-from pyro_vae.evaluation.draws import global_latents
 from pyro_vae.programs import Program, num_inputs, placement, undisturbed
 
 __all__ = ["InferenceGap", "inference_gap"]

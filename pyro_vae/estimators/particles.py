@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -126,6 +127,18 @@ def shared_draws(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dic
     trace = poutine.trace(guide).get_trace(*args, **kwargs)
     local = {site["name"] for site in local_sites(trace, observed=False)}
     return {name: value for name, value in _values(trace).items() if name not in local}
+
+
+def global_latents(trace: Any) -> dict[str, Tensor]:
+    """The latents of a trace that belong to no datum, by site.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> global_latents(poutine.trace(vae.guide).get_trace(torch.ones(3, 8, 8)))
+        {}
+    """
+    return {site["name"]: site["value"] for site in _sites(trace, observed=False) if not in_data_plate(site)}
 
 
 class _LocalPlate(pyro.plate):
@@ -348,6 +361,21 @@ def given(program: Callable, values: Mapping[str, Tensor]) -> Callable:
     for name, value in values.items():
         trace.add_node(name, name=name, type="sample", is_observed=False, value=value, infer={})
     return poutine.replay(program, trace=trace)
+
+
+class simulating(UnconditionMessenger):
+    """All that is observed is drawn, but for what follows from other draws: this has its value from them.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae, x = pyro_vae.build((8, 8), latent=2), torch.full((3, 8, 8), torch.nan)
+        >>> poutine.trace(simulating()(vae.model)).get_trace(x).nodes["x"]["value"].isnan().any().item()
+        False
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
 
 
 def same(one: Any, other: Any) -> bool:

@@ -8,13 +8,10 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.estimators.particles import given, local_sites, log_prob
+from pyro_vae.estimators.particles import given, global_latents, local_sites, log_prob, simulating
 from pyro_vae.evaluation.generation import observed_sites
-from pyro_vae.handlers import in_data_plate
 from pyro_vae.programs import Program
 
 __all__ = ["Draws", "posterior_draws", "predictive_draws", "prior_draws"]
@@ -181,16 +178,8 @@ def _withheld(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     return torch.zeros_like(batch[0]), *batch[1:]
 
 
-class _Simulating(UnconditionMessenger):
-    """All that is observed is drawn, but for what follows from other draws: this has its value from them."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
-            super()._pyro_sample(msg)
-
-
 def _simulated(model: Callable, values: Mapping[str, Tensor], batch: tuple[Any, ...]) -> Any:
-    return _traced(given(_Simulating()(model), values), batch)
+    return _traced(given(simulating()(model), values), batch)
 
 
 def _traced(program: Callable, batch: tuple[Any, ...]) -> Any:
@@ -221,19 +210,6 @@ def check_observed(names: Iterable[str]) -> None:
             f'expected a model that observes "x", or its parts "x.<part>", alone, got {others} too: simulated data '
             "would not be what the model has of its own"
         )
-
-
-def global_latents(trace: Any) -> dict[str, Tensor]:
-    """The latents of a trace that belong to no datum, by site.
-
-    Example:
-        >>> import pyro_vae
-        >>> vae = pyro_vae.build((8, 8), latent=2)
-        >>> global_latents(poutine.trace(vae.guide).get_trace(torch.ones(3, 8, 8)))
-        {}
-    """
-    sites = [site for site in trace.nodes.values() if site["type"] == "sample" and not site["is_observed"]]
-    return {site["name"]: site["value"] for site in sites if not in_data_plate(site) and not site_is_subsample(site)}
 
 
 def _expanded(site: Any, num_samples: int, size: int) -> Tensor:
