@@ -184,9 +184,9 @@ def test_what_cannot_be_done_is_refused():
     x = torch.ones(3, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected continuous latents, got Categorical at site 'z'"):
         evaluation.log_likelihood(Mixture(), x, method="ais")
-    with pytest.raises(ValueError, match="num_chains: expected a positive number, got 0"):
+    with pytest.raises(ValueError, match="num_chains: expected a whole number, at least 1, got 0"):
         evaluation.log_likelihood(TwoSites(), x, 0, method="ais")
-    with pytest.raises(ValueError, match="num_temperatures: expected a positive number, got -1"):
+    with pytest.raises(ValueError, match="num_temperatures: expected a whole number, at least 1, got -1"):
         bidirectional(TwoSites(), 3, x, num_temperatures=-1)
     with pytest.raises(ValueError, match="TwoSites: expected like="):
         bidirectional(TwoSites(), 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import pyro
@@ -68,7 +69,6 @@ def posterior_draws(
     names = [sorted(site["name"] for site in each) for each in (priors, sites)]
     if names[0] != names[1]:
         raise ValueError(f"expected a guide with the model's latents {names[0]}, got {names[1]}")
-    observed = [site for site in local_sites(model, observed=True) if not site["infer"].get("_deterministic")]
     size = len(batch[0])
 
     def total(sites: list[Any]) -> Tensor:
@@ -78,7 +78,7 @@ def posterior_draws(
         latents={site["name"]: _expanded(site, num_samples, size) for site in sites},
         shared=global_latents(guide),
         log_prior=total(priors),
-        log_likelihood={site["name"]: total([site]) for site in observed},
+        log_likelihood={site["name"]: total([site]) for site in data_sites(model)},
         log_posterior=total(sites),
     )
 
@@ -193,6 +193,32 @@ def _traced(program: Callable, batch: tuple[Any, ...]) -> Any:
             f"{type(error).__name__} with zeros for x; pass what it reads of x (a total count, say) as a tensor of its "
             "own"
         ) from error
+
+
+def data_sites(model: Any) -> list[Any]:
+    """The sites of a model's trace in the plate "data" at which it observes: not what follows from its latents.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> [site["name"] for site in data_sites(poutine.trace(vae.model).get_trace(torch.ones(3, 8, 8)))]
+        ['x']
+    """
+    return [site for site in local_sites(model, observed=True) if not site["infer"].get("_deterministic")]
+
+
+def check_whole(least: int, **numbers: Any) -> None:
+    """Refuse numbers, by name, that are not whole, or are below the least.
+
+    Example:
+        >>> check_whole(1, num_samples=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_samples: expected a whole number, at least 1, got 0
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, Integral) or number < least:
+            raise ValueError(f"{name}: expected a whole number, at least {least}, got {number!r}")
 
 
 def check_observed(names: Iterable[str]) -> None:

@@ -13,14 +13,14 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import TransformedDistribution
 
 from pyro_vae import likelihoods
 from pyro_vae.data import InMemory
-from pyro_vae.estimators.particles import global_latents, local_sites
+from pyro_vae.diagnostics.predictive import innermost
+from pyro_vae.estimators.particles import global_latents
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation.batches import checked_batches
-from pyro_vae.evaluation.draws import Draws, posterior_draws, predictive_draws, prior_draws
+from pyro_vae.evaluation.draws import Draws, data_sites, posterior_draws, predictive_draws, prior_draws
 from pyro_vae.evaluation.generation import observed_sites
 from pyro_vae.export.names import (
     check_names,
@@ -154,7 +154,7 @@ class Chunks:
             guide, model = self._traces(first)
         sites = observed_sites(model)
         check_names(site["name"] for site in sites)
-        local = [site for site in local_sites(model, observed=True) if not site["infer"].get("_deterministic")]
+        local = data_sites(model)
         x = {site["name"] for site in sites}
         self.factors = {site["name"] for site in local if isinstance(site["fn"], dist.Unit)}
         self.others = [site["name"] for site in local if site["name"] not in x | self.factors]
@@ -348,10 +348,7 @@ def _parts(sites: list[Any], source: Any) -> list[_Part]:
 
 def _integers(fn: Any, grey: bool) -> tuple[torch.dtype | None, torch.dtype | None]:
     """Dtypes of integers that hold a distribution's draws, and the data; None of floats."""
-    base = fn
-    while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
-        base = base.base_dist
-    if isinstance(getattr(base, "pixel_likelihood", base), dist.Bernoulli | likelihoods.Bernoulli):
+    if isinstance(innermost(fn), dist.Bernoulli | likelihoods.Bernoulli):
         return torch.int8, None if grey else torch.int8
     return (torch.int64, torch.int64) if fn.support.is_discrete else (None, None)
 
