@@ -91,6 +91,7 @@ def fit(
         bool | None,
         _option("Set the output bias from the data's mean first. [default: where the likelihood can]"),
     ] = None,
+    compile: Annotated[bool | None, _option("Compile the training step, or do not. [default: where it pays]")] = None,
     out: Annotated[
         Path | None, _option("Run directory. [default: the first free of runs/DATA, runs/DATA-2, ...]")
     ] = None,
@@ -156,6 +157,7 @@ def fit(
         precision=precision,
         seed=seed,
         start_at_mean=_can_start_at_mean(built) if start_at_mean is None else start_at_mean,
+        compile="auto" if compile is None else compile,
         out=run,
         resume=resume,
         overwrite=overwrite,

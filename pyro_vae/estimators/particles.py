@@ -17,6 +17,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae.estimators.tracing import Tape, is_traced, same_expression
 from pyro_vae.handlers import data_frame, in_data_plate
 
 __all__ = ["LogProbabilities", "Particles", "log_probabilities", "log_weights"]
@@ -185,12 +186,19 @@ class random_state:
     """
 
     def __init__(self, tensors: Iterable[Any]):
+        self.tape = Tape.current()
+        if self.tape is not None:
+            self.position = self.tape.position
+            return
         devices = {t.device for t in tensors if isinstance(t, Tensor) and t.device.type == "cuda"}
         self.cpu = torch.get_rng_state()
         self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
     def restore(self) -> None:
         """Go back to the state."""
+        if self.tape is not None:
+            self.tape.position = self.position
+            return
         torch.set_rng_state(self.cpu)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
@@ -382,6 +390,8 @@ def same(one: Any, other: Any) -> bool:
     """Whether two scales, or two masks, are one, up to rounding; a tensor may be compared with a number."""
     if one is other or one is None or other is None:
         return one is other
+    if is_traced(one) or is_traced(other):
+        return same_expression(one, other)
     if not isinstance(one, Tensor) and not isinstance(other, Tensor):
         return math.isclose(one, other)
     a, b = (torch.as_tensor(value, dtype=torch.float64, device="cpu").squeeze() for value in (one, other))
