@@ -122,6 +122,14 @@ def test_evidence_and_its_error():
     assert 0.7 < found.acceptance.mean() < 0.9
 
 
+def test_errors_and_sizes_are_those_of_the_mean_weight():
+    weights, acceptance = torch.rand(5, 3, dtype=torch.float64), torch.ones(3)
+    found = annealed._annealed(weights.log() - 1000, acceptance)
+    torch.testing.assert_close(found.log_evidence, weights.mean(0).log() - 1000)
+    torch.testing.assert_close(found.error, weights.std(0) / 5**0.5 / weights.mean(0))
+    torch.testing.assert_close(found.ess, weights.sum(0) ** 2 / weights.square().sum(0))
+
+
 def test_two_sites():
     """Mean of 200 data within 0.05 nats, four standard errors are less (seed 0); the guide is off and takes no part."""
     program, x = TwoSites(), 2 * torch.randn(200, 2, dtype=torch.float64)
