@@ -1,38 +1,27 @@
-"""A training step traced once: the handlers vanish, and what is left is one graph of arithmetic, compiled."""
+"""A training step as one graph: the loss of a batch, and the gradients of all parameters."""
 
 from __future__ import annotations
 
-import itertools
-import sys
-import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
-import pyro
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from pyro_vae.compilation.graphs import Graph, NotCompilableError, call_with
 from pyro_vae.estimators.objective import Objective
 from pyro_vae.estimators.particles import random_state
-from pyro_vae.estimators.tracing import Tape
 from pyro_vae.programs import Program
 
-__all__ = ["CompiledStep", "NotCompilableError", "annealed", "compile_step"]
+__all__ = ["CompiledStep", "annealed", "compile_step"]
 
-_PATCHED = threading.Lock()  # while a step is traced, others wait
 _PROBES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # training progress at which schedules are looked at
 _BETA = 0.37  # of the example: no value that anything could be special for
-
-
-class NotCompilableError(ValueError):
-    """A step cannot be one graph; the message says why, in one line."""
 
 
 def compile_step(
@@ -66,10 +55,6 @@ def compile_step(
         NotCompilableError: If what the step computes depends on values of tensors (`Tape` lets it go back to random
             numbers), if the estimator keeps state from step to step, if there is no C++ compiler (on a CPU), or if the
             graph does not give what the program gives.
-
-    Reference:
-        Ansel et al., 2024. PyTorch 2: faster machine learning through dynamic Python bytecode transformation and graph
-        compilation (TorchInductor).
 
     Example:
         >>> import pyro_vae
@@ -121,17 +106,22 @@ class CompiledStep:
         start = time.perf_counter()
         self.objective, self.prepare, self.precision = objective, prepare, precision
         self._kind = self._kind_of(example)
-        self._parameters, self._buffers = dict(objective.named_parameters()), dict(objective.named_buffers())
+        self._parameters = dict(objective.named_parameters())
         self._dtype = next((p.dtype for p in self._parameters.values() if p.is_floating_point()), torch.float32)
         self._trained: list[str] = []  # the parameters whose gradients the graph gives, in their order
         with _left_alone(objective, example):
+            self._eager(1.0, *example)  # an estimator may have things to find out, in its first run
             self._knobs = list(_knobs(objective))
-            inputs = self._inputs(_BETA, example)
-            self._eager(_BETA, *example)  # an estimator may have things to find out, in its first run
-            self.graph = self._traced(inputs)
-            self._compiled = _compiled(self.graph, inputs)
-            self._compare(example)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the first run has said what there is to say
+                self._graph = Graph(objective, self._step, [*self._numbers(_BETA), *example])
+                self._compare(example)
         self.seconds = time.perf_counter() - start
+
+    @property
+    def graph(self) -> torch.fx.GraphModule:
+        """What was traced."""
+        return self._graph.graph
 
     def __call__(self, *batch: Tensor, beta: float = 1.0) -> Tensor:
         """Put the gradients of the loss per datum in place of those of the parameters.
@@ -145,8 +135,7 @@ class CompiledStep:
         """
         if self._kind_of(batch) != self._kind:
             return self._eager(beta, *batch)
-        with torch.no_grad():
-            figures, *gradients = self._compiled(*self._inputs(beta, batch))
+        figures, *gradients = self._graph(*self._numbers(beta), *batch)
         for name, gradient in zip(self._trained, gradients, strict=True):
             self._parameters[name].grad = gradient
         return figures
@@ -155,10 +144,8 @@ class CompiledStep:
         training = self.objective.program.training
         return training, [(tensor.shape, tensor.dtype, tensor.device) for tensor in batch]
 
-    def _inputs(self, beta: float, batch: Sequence[Tensor]) -> list[Tensor]:
-        values = (beta, *(getattr(*knob) for knob in self._knobs))
-        numbers = [torch.tensor(value, dtype=self._dtype) for value in values]
-        return [*numbers, *self._parameters.values(), *self._buffers.values(), *batch]
+    def _numbers(self, beta: float) -> list[Tensor]:
+        return [torch.tensor(v, dtype=self._dtype) for v in (beta, *(getattr(*knob) for knob in self._knobs))]
 
     def _eager(self, beta: float, *batch: Tensor) -> Tensor:
         for parameter in self._parameters.values():
@@ -168,30 +155,19 @@ class CompiledStep:
         self.objective.differentiate(loss, self._parameters.values())
         return figures
 
-    def _traced(self, inputs: list[Tensor]) -> torch.fx.GraphModule:
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        try:
-            with _traceable(), torch.no_grad():
-                return make_fx(self._step, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        except Exception as error:
-            raise NotCompilableError(_reason(error)) from error
-
-    def _step(self, beta: Tensor, *inputs: Tensor) -> list[Tensor]:
+    def _step(self, state: dict[str, Tensor], beta: Tensor, *inputs: Tensor) -> list[Tensor]:
         """What is traced: `_eager` as a function of all tensors that change."""
-        following = iter(inputs)
-        numbers = list(itertools.islice(following, len(self._knobs)))
-        leaves = {name: next(following).detach() for name in self._parameters}
+        numbers, batch = inputs[: len(self._knobs)], inputs[len(self._knobs) :]
+        leaves = {name: state[name].detach() for name in self._parameters}
         for name, leaf in leaves.items():
             leaf.requires_grad_(self._parameters[name].requires_grad)
-        state = leaves | {name: next(following) for name in self._buffers}
         with ExitStack() as stack:
             for knob, number in zip(self._knobs, numbers, strict=True):
                 stack.enter_context(mock.patch.object(*knob, number))
-            batch = self.prepare(*following)
+            batch = tuple(self.prepare(*batch))
             stack.enter_context(torch.enable_grad())
             with self.precision():
-                loss, figures = torch.func.functional_call(self.objective, state, (beta, *batch))
+                loss, figures = call_with(self.objective, state | leaves, beta, *batch)
             self.objective.differentiate(loss, leaves.values())
         gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         self._trained = list(gradients)
@@ -249,29 +225,6 @@ def _knobs(objective: Objective) -> Iterator[_Knob]:
                 yield _Knob(owner, name)
 
 
-class _Items(TorchFunctionMode):
-    """The number that a tensor holds is not known; it stays a tensor, without gradient as a number is."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0].detach() if func is torch.Tensor.item else func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _traceable() -> Iterator[None]:
-    """Let a program and an estimator run without looking at values."""
-    with _PATCHED, ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            for checked in ("warn_if_nan", "warn_if_inf"):
-                if name.startswith("pyro.infer") and hasattr(module, checked):
-                    stack.enter_context(mock.patch.object(module, checked, lambda value, *_, **__: value))
-        stack.enter_context(pyro.validation_enabled(False))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # the program has run, and said what it has to say
-        stack.enter_context(_Items())
-        stack.enter_context(Tape())
-        yield
-
-
 @contextmanager
 def _left_alone(objective: Objective, batch: Sequence[Tensor]) -> Iterator[None]:
     """Leave random state, gradients, buffers and what estimators keep as they were."""
@@ -289,23 +242,3 @@ def _left_alone(objective: Objective, batch: Sequence[Tensor]) -> Iterator[None]
             for buffer, value in buffers.items():
                 buffer.copy_(value)
         state.restore()
-
-
-def _compiled(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
-    # The random numbers of torch's own kernels are those of a step that is not compiled.
-    options: Any = {"fallback_random": True}
-    try:
-        with torch.no_grad():
-            return torch._inductor.compile(graph, inputs, options=options)
-    except Exception as error:
-        raise NotCompilableError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong and where, in one line."""
-    message = next(iter(str(error).strip().splitlines()), "")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
-    where = frames[-1]
-    if "data-dependent" in message or "DataDependent" in type(error).__name__:
-        message = "what is computed depends on the values of tensors"
-    return f"{message or type(error).__name__} ({where.filename}:{where.lineno}: {where.line})"
