@@ -14,9 +14,22 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, T
 from torch import nn
 
 import pyro_vae
-from pyro_vae import VAE, compilation, estimators, handlers, likelihoods, networks, posteriors, priors, schedules
+from pyro_vae import (
+    VAE,
+    compilation,
+    estimators,
+    evaluation,
+    handlers,
+    likelihoods,
+    networks,
+    posteriors,
+    priors,
+    schedules,
+)
 from pyro_vae.compilation import NotCompilableError, compile_step, graphs
+from pyro_vae.estimators import log_probabilities
 from pyro_vae.estimators.objective import Objective
+from pyro_vae.evaluation import summary
 from pyro_vae.training import Training, fit
 from pyro_vae.training import gradients as training_gradients
 
@@ -408,3 +421,32 @@ def test_the_compiler_gives_the_same(name):
     step = compile_step(program, estimator, x)
     for beta in (0.0, 0.5, 1.0):
         assert_the_same(step, program, x, beta=beta)
+
+
+def test_passes_of_particles_in_a_graph_are_the_passes(interpreted):
+    """With data whose last batch is smaller, and particles that do not fill the last pass."""
+    program, x = small().eval(), images(7)
+    expected = evaluation.summarize(program, x, 600, compile=False)
+    for found in (evaluation.summarize(program, x, 600, compile=True), evaluation.summarize(program, x, 600)):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert torch.equal(evaluation.log_likelihood(program, x, 600, compile=True), found.log_likelihood)
+
+
+def test_passes_that_are_many_are_compiled(interpreted, monkeypatch):
+    made = []
+    monkeypatch.setattr(summary, "CompiledLogProbabilities", lambda *args: made.append(args) or log_probabilities)
+    monkeypatch.setattr(evaluation.batches, "VALUES_AT_ONCE", 1)
+    for seconds, count in ((1e9, 0), (0.0, 1)):
+        monkeypatch.setattr(summary, "WORTH_COMPILING", seconds)
+        evaluation.log_likelihood(small(), images(), 10)
+        assert len(made) == count
+
+
+def test_passes_that_cannot_be_compiled_are_warned_of(interpreted):
+    program, (x,) = program_of("posterior", "VonMisesFisher")
+    with pytest.warns(UserWarning, match="the passes are not compiled: .*depends on the values of tensors"):
+        found = evaluation.log_likelihood(program, x, 10, compile=True)
+    assert torch.equal(found, evaluation.log_likelihood(program, x, 10))
+    with pytest.raises(ValueError, match="compile: expected .* got 3"):
+        evaluation.log_likelihood(program, x, 10, compile=3)

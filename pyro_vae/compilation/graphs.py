@@ -18,13 +18,26 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_vae.estimators.tracing import Tape
 
-__all__ = ["Graph", "NotCompilableError", "call_with"]
+__all__ = ["Graph", "NotCompilableError", "call_with", "check_compile"]
 
 _PATCHED = threading.Lock()  # while one function is traced, others wait
 
 
 class NotCompilableError(ValueError):
     """What is computed cannot be one graph; the message says why, in one line."""
+
+
+def check_compile(compile: Any) -> None:
+    """Raise unless this says whether to compile.
+
+    Example:
+        >>> check_compile("always")
+        Traceback (most recent call last):
+        ...
+        ValueError: compile: expected "auto", True or False, got 'always'
+    """
+    if compile not in ("auto", True, False):
+        raise ValueError(f'compile: expected "auto", True or False, got {compile!r}')
 
 
 class Graph:

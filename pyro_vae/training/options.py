@@ -13,6 +13,7 @@ import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 from pyro_vae import schedules
+from pyro_vae.compilation import check_compile
 from pyro_vae.programs import Program
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ class Options:
             raise ValueError(f"expected positive epochs and lr, got epochs={self.epochs}, lr={self.lr}")
         if isinstance(self.lr_schedule, str) and self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}")
-        if self.compile not in ("auto", True, False):
-            raise ValueError(f'compile: expected "auto", True or False, got {self.compile!r}')
+        check_compile(self.compile)
         name = type(self.estimator).__name__
         if name.startswith("Jit"):
             raise ValueError(f"{name} would trace beta once and for all; expected {name.removeprefix('Jit')}")
