@@ -21,12 +21,15 @@ from pyro_vae.estimators import checks
 from pyro_vae.estimators.gradients import loss_to_differentiate
 from pyro_vae.programs import Program, check_param_sites, undisturbed
 from pyro_vae.training.options import Options, annealing, fabric, lr_scheduler, optimizer
+from pyro_vae.training.processes import Processes
 
 __all__ = ["NonFiniteError", "Step", "Training", "steps"]
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or a weight became NaN or infinite."""
+    """The loss or a weight became NaN or infinite: in all of several processes, of which the first tells it."""
+
+    told_by = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +86,24 @@ class Training:
         self.options = Options(**options)
         self.options.check(program)
         self.anneal = annealing(self.options.anneal)
-        self.fabric = fabric(self.options.device, self.options.precision)
+        asked = self.options
+        self.fabric = fabric(asked.device, asked.precision, asked.devices, asked.num_nodes, asked.strategy)
+        self.fabric.launch()
+        self.processes = Processes(self.fabric)
         seed = self.options.seed
         if seed is not None:
             seed_everything(seed, verbose=False)
         self.program = program
         self.objective = _Objective(program, self.options.estimator)
         self._fabric_objective = self.fabric.setup_module(self.objective)
-        order_seed = seed if seed is not None else int(torch.randint(2**31, ()))
+        order_seed = seed if seed is not None else self.processes.broadcast(int(torch.randint(2**31, ())))
         self.batches = Batches(data, program, self.options.batch_size, order_seed)
         check(program, self.batches)
         if self.options.start_at_mean:
             _start_at_mean(program, self.batches)
+        self.batches.rank, self.batches.count = self.processes.rank, self.processes.count
+        if self.processes.count > 1:
+            self.processes.seed(order_seed, step=0)
         self.optimizer = optimizer(program, self.options)
         self._fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
         self.total_steps = self.options.epochs * len(self.batches)
@@ -104,11 +113,12 @@ class Training:
         self.step = 0
 
     def __iter__(self) -> Iterator[Step]:
+        self.processes.start_alike(self.program, self.batches.num_data)
         checked = False
         while self.step < self.total_steps:
             epoch, skip = divmod(self.step, len(self.batches))
             for batch in self.batches.epoch(epoch, skip):
-                if not checked:
+                if not checked and len(batch[0]):
                     self._check_estimator(batch)
                     checked = True
                 yield self._take(epoch, batch)
@@ -127,29 +137,32 @@ class Training:
         if not self.program.training:
             self.program.train()
         self._fabric_optimizer.zero_grad()
-        # Pyro checks the first step; after that its checks, of a program that does not change, are left out.
-        with pyro.validation_enabled(False) if self.step else nullcontext():
-            loss = self._fabric_objective(beta, *batch) / self.objective.recorded.num_data
-        value, rate, distortion = self._figures(loss)
-        self._differentiate(loss)
+        figures = self._gradients(beta, batch) if len(batch[0]) else torch.zeros(3, device=self.fabric.device)
+        (value, rate, distortion), num_data = self.processes.average(self.program, figures, len(batch[0]))
+        self._check_loss(value, figures[0])
         self._fabric_optimizer.step()
         self.step += 1
         if self.scheduler is not None:
             self.scheduler.step()
         if hasattr(self.anneal, "update"):
             self.anneal.update(rate)
-        return Step(epoch + 1, self.step, beta, value, -rate - distortion, rate, distortion, len(batch[0]))
+        return Step(epoch + 1, self.step, beta, value, -rate - distortion, rate, distortion, num_data)
 
-    def _figures(self, loss: Tensor) -> tuple[float, float, float]:
-        """Loss, rate and distortion per datum, in one transfer from the device."""
+    def _gradients(self, beta: float, batch: tuple[Tensor, ...]) -> Tensor:
+        """Loss, rate and distortion per datum, still on the device; what is left in `.grad` is the gradient."""
+        # Pyro checks the first step; after that its checks, of a program that does not change, are left out.
+        with pyro.validation_enabled(False) if self.step else nullcontext():
+            loss = self._fabric_objective(beta, *batch) / self.objective.recorded.num_data
         recorded = self.objective.recorded
         rate, distortion = recorded.rate.mean(), recorded.distortion.mean()
-        value, *terms = torch.stack([loss.detach().to(rate), rate, distortion]).tolist()
+        self._differentiate(loss)
+        return torch.stack([loss.detach().to(rate), rate, distortion])
+
+    def _check_loss(self, value: float, own: Tensor) -> None:
         # Tail-adaptive inference has no loss to report and gives infinity (Wang, Liu and Liu, 2018).
         if not math.isfinite(value) and not isinstance(self.options.estimator, TraceTailAdaptive_ELBO):
-            where = recorded.first_nonfinite()
+            where = self.processes.first(None if own.isfinite() else self.objective.recorded.first_nonfinite())
             raise NonFiniteError(f"the loss is {value} at step {self.step + 1}; first site not finite: {where}")
-        return value, terms[0], terms[1]
 
     def _differentiate(self, loss: Tensor) -> None:
         if loss.requires_grad:
@@ -192,9 +205,9 @@ class Training:
             for name, value in entry.items():
                 if value is not None:
                     tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().clone().contiguous()
-        tensors["rng.cpu"] = torch.get_rng_state()
+        tensors["rng.cpu"] = self.processes.gather(torch.get_rng_state())
         if self.fabric.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.fabric.device)
+            tensors["rng.cuda"] = self.processes.gather(torch.cuda.get_rng_state(self.fabric.device))
         meta = {"step": self.step, "order_seed": self.batches.seed, "shape": self._shape()}
         if hasattr(self.anneal, "update"):
             meta["anneal"] = self.anneal.state_dict()
@@ -212,9 +225,17 @@ class Training:
         self._restore_optimizer(tensors)
         if hasattr(self.anneal, "update"):
             self.anneal.load_state_dict(meta["anneal"])
-        torch.set_rng_state(tensors["rng.cpu"])
+        self._restore_rng(tensors)
+
+    def _restore_rng(self, tensors: dict[str, Tensor]) -> None:
+        """The random state of each process; of another number of processes, new ones."""
+        states = torch.atleast_2d(tensors["rng.cpu"])
+        if len(states) != self.processes.count:
+            self.processes.seed(self.batches.seed or 0, self.step)
+            return
+        torch.set_rng_state(states[self.processes.rank])
         if "rng.cuda" in tensors and self.fabric.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.fabric.device)
+            torch.cuda.set_rng_state(tensors["rng.cuda"][self.processes.rank], self.fabric.device)
 
     def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
