@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, distributed
 
+from pyro_vae.handlers import data_frame
 from pyro_vae.programs import Program
 
 if TYPE_CHECKING:
@@ -97,6 +100,24 @@ class Processes:
         """Give this process a stream of random numbers of its own."""
         state = np.random.SeedSequence(seed, spawn_key=(step, self.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0]) >> 1)
+
+    def check_globals(self, program: Program, batch: tuple[Tensor, ...]) -> None:
+        """Make sure that latents that belong to no datum count once, and not once in every process.
+
+        Raises:
+            ValueError: If they would, since the plate "data" of a share says that there are no other data.
+        """
+        if self.count == 1:
+            return
+        guide: Any = poutine.trace(program.guide).get_trace(*batch)
+        trace: Any = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*batch)
+        sites = [site for site in trace.nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
+        alone = [site["name"] for site in sites if data_frame(site) is None and not site["is_observed"]]
+        if alone and any(frame and frame.full_size == len(batch[0]) for frame in map(data_frame, sites)):
+            raise ValueError(
+                f"{self.count} processes would each count the global latent {alone[0]!r} once: "
+                f'expected a plate "data" with size=, the number of all data, got one of the batch alone'
+            )
 
     def start_alike(self, program: Program, num_data: int) -> None:
         """Give every process the weights and buffers of rank 0.
@@ -192,8 +213,13 @@ class Processes:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, stacked, on the CPU."""
+        if self.count == 1:
+            return tensor[None]
+        tensor = tensor.to(self.fabric.device)
+        stacked = tensor.new_empty(self.count, *tensor.shape)
         with self._together():
-            return self.fabric.all_gather(tensor).reshape(self.count, *tensor.shape).cpu()
+            distributed.all_gather(list(stacked), tensor)
+        return stacked.cpu()
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value."""

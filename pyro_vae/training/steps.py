@@ -127,6 +127,7 @@ class Training:
         """Warn or raise where the estimator is wrong for the program, whose mode is the one it is trained in."""
         with undisturbed(self.program), _kept_buffers(self.program), handlers.beta(self.anneal(0.0)):
             self.program.train()
+            self.processes.check_globals(self.program, batch)
             checks.check(self.options.estimator, self.program.model, self.program.guide, *batch)
 
     def _take(self, epoch: int, batch: tuple[Tensor, ...]) -> Step:
