@@ -11,7 +11,7 @@ __all__ = ["DATA", "expanded"]
 
 DATA = ("data", "data_root", "binarize", "dequantize", "labels", "valid", "test", "data_seed")
 _FIT = ("program", "estimator", "anneal", "epochs", "batch_size", "lr", "optimizer", "lr_schedule", "device")
-_CONFIGURED = (*DATA, *_FIT, "precision", "seed", "start_at_mean", "recorded")
+_CONFIGURED = (*DATA, *_FIT, "precision", "devices", "num_nodes", "strategy", "seed", "start_at_mean", "recorded")
 
 
 def expanded(arguments: list[str]) -> list[str]:

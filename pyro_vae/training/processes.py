@@ -65,8 +65,9 @@ def rank(fabric: Fabric) -> int:
 
 def told_elsewhere(error: BaseException) -> bool:
     """Whether another process than this one tells the user of an error that all have."""
-    teller = getattr(error, "told_by", None)
-    return teller is not None and distributed.is_initialized() and distributed.get_rank() != teller
+    teller = getattr(error, "told_by", 0 if isinstance(error, KeyboardInterrupt) else None)
+    together = distributed.is_available() and distributed.is_initialized()
+    return together and teller not in (None, distributed.get_rank())
 
 
 class Processes:

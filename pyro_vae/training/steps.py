@@ -58,7 +58,7 @@ class Step:
 
 
 class _Objective(nn.Module):
-    """Program and estimator as one module, whose output is what there is to differentiate."""
+    """Program and estimator as one module, whose output is what there is to differentiate, per datum."""
 
     def __init__(self, program: Program, estimator: ELBO):
         super().__init__()
@@ -71,7 +71,9 @@ class _Objective(nn.Module):
     def forward(self, beta: float, *batch: Tensor) -> Any:
         programs = self.recorded.model(self.program.model), self.recorded.guide(self.program.guide)
         with pyro.get_param_store().scope(self.param_store), handlers.beta(beta), self.recorded:
-            return loss_to_differentiate(self.estimator, *programs, *batch)
+            loss = loss_to_differentiate(self.estimator, *programs, *batch)
+        # Here, since Fabric gives the output in single precision.
+        return loss / self.recorded.num_data
 
 
 class Training:
@@ -153,7 +155,7 @@ class Training:
         """Loss, rate and distortion per datum, still on the device; what is left in `.grad` is the gradient."""
         # Pyro checks the first step; after that its checks, of a program that does not change, are left out.
         with pyro.validation_enabled(False) if self.step else nullcontext():
-            loss = self._fabric_objective(beta, *batch) / self.objective.recorded.num_data
+            loss = self._fabric_objective(beta, *batch)
         recorded = self.objective.recorded
         rate, distortion = recorded.rate.mean(), recorded.distortion.mean()
         self._differentiate(loss)
