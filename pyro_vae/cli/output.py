@@ -165,7 +165,7 @@ def list_components() -> None:
 
 def be_silent() -> None:
     """Say nothing more but errors: this process is not the first of several, which says the same."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the process ends)
     warnings.simplefilter("ignore")
 
 

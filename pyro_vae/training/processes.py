@@ -83,7 +83,10 @@ class Processes:
     of one process. Where ranks draw a global latent each for itself, it is unbiased all the same, with less noise.
 
     Args:
-        fabric: Lightning's Fabric, launched.
+        fabric: Lightning's Fabric, which starts the others or meets them.
+
+    Raises:
+        LostProcessError: If the others are not there.
 
     Attributes:
         count: Number of processes.
@@ -92,6 +95,11 @@ class Processes:
 
     def __init__(self, fabric: Fabric):
         self.fabric = fabric
+        try:
+            fabric.launch()
+        except RuntimeError as error:
+            here = rank(fabric)
+            raise LostProcessError(f"rank {here} does not find the other processes: {error}", here) from error
         self.count, self.rank = fabric.world_size, fabric.global_rank
         self._wants_stop = self._stop = False
         self._before: dict[str, Tensor] = {}  # buffers after the last step

@@ -90,7 +90,6 @@ class Training:
         self.anneal = annealing(self.options.anneal)
         asked = self.options
         self.fabric = fabric(asked.device, asked.precision, asked.devices, asked.num_nodes, asked.strategy)
-        self.fabric.launch()
         self.processes = Processes(self.fabric)
         seed = self.options.seed
         if seed is not None:
