@@ -1,5 +1,6 @@
 """What the tests of many processes run in each of them: several fits, whose results go to files of each rank."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -109,6 +110,25 @@ def fit_vae(folder, devices, **options):
     return fitted, drawing.drawn
 
 
+class Diverging(Drawing):
+    """Gives NaN in the second process from the third step on."""
+
+    def differentiable_loss(self, model, guide, *args):
+        loss = super().differentiable_loss(model, guide, *args)
+        return loss * torch.nan if torch.distributed.get_rank() == 1 and len(self.drawn) > 3 else loss
+
+
+def fail(folder, how):
+    """Runs that end in every process."""
+    data = torch.rand(40, 4, 4).round()
+    vae = pyro_vae.build((4, 4), latent=2)
+    if how == "diverge":
+        pyro_vae.fit(vae, data, estimator=Diverging(), device="cpu", devices=2, out=folder / "vae")
+    if how == "differ":  # the other process has started as the first one has
+        data = data[:39] if "LOCAL_RANK" in os.environ else data
+        pyro_vae.fit(vae, data, device="cpu", devices=2)
+
+
 def main(folder, devices):
     found = {name: results(fitted) for name, fitted in fit_all(folder, devices)}
     fitted, drawn = fit_vae(folder, devices)
@@ -117,4 +137,7 @@ def main(folder, devices):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[2].isdigit():
+        main(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        fail(Path(sys.argv[1]), sys.argv[2])

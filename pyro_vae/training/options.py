@@ -99,6 +99,10 @@ def fabric(
     if index and not index.isdigit():
         raise ValueError(f"device: expected a name such as cpu, cuda or cuda:1, got {device!r}")
     devices, num_nodes = num_processes(devices, num_nodes)
+    if strategy == "fsdp":
+        raise ValueError(
+            "strategy: Pyro programs use parameters outside of forward, where FSDP has them in shards; expected ddp"
+        )
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     chosen: Any = "auto"
