@@ -108,6 +108,7 @@ def test_only_the_first_process_writes(two):
     assert said.count("epoch 4/4") == 1  # of the progress bar
     written = {str(path.relative_to(folder / "vae")) for path in (folder / "vae").rglob("*") if path.is_file()}
     assert written == {runs.CONFIG, runs.MODEL, runs.HISTORY, str(runs.CHECKPOINT)}
+    assert not (folder / "written by another").exists()
     config = runs.read_config(folder / "vae")
     assert (config["devices"], config["num_nodes"], config["strategy"]) == (2, 1, "auto")
     tensors, _ = runs.read_checkpoint(folder / "vae" / runs.CHECKPOINT)

@@ -188,8 +188,9 @@ class Processes:
     def _averaged(self, parts: list[Tensor], num_data: int) -> tuple[list[Tensor], int]:
         """Means of tensors over the processes, weighted by their number of data, flat, and the sum of these."""
         like = parts[0].new_empty((), dtype=torch.promote_types(parts[0].dtype, torch.float32))
-        weighted = torch.cat([part.detach().reshape(-1).to(like) for part in parts]).mul_(num_data)
-        shared = torch.cat([weighted, like.new_tensor([num_data, self._wants_stop])])
+        last = like.new_tensor([num_data, self._wants_stop])
+        shared = torch.cat([*(part.detach().reshape(-1).to(like) for part in parts), last])
+        shared[:-2].mul_(num_data)
         with self._together():
             distributed.all_reduce(shared)
         total, stop = shared[-2:].tolist()
