@@ -75,8 +75,8 @@ def fit_given(out, program, data, devices, **options):
 
 
 def results(fitted):
-    """Weights, buffers, and the figures of each epoch (but the loss, which Fabric gives in single precision)."""
-    figures = fitted.history[["elbo", "rate", "distortion"]].to_numpy()
+    """Weights, buffers, and the figures of each epoch."""
+    figures = fitted.history[["loss", "elbo", "rate", "distortion"]].to_numpy()
     return {**fitted.program.state_dict(), "figures": torch.tensor(figures)}
 
 

@@ -87,7 +87,8 @@ def test_two_processes_find_what_one_does(one, two, name):
         found = two[0][rank][0][name]
         assert found.keys() == one[name].keys()
         for key, expected in one[name].items():
-            torch.testing.assert_close(found[key], expected, rtol=1e-10, atol=1e-10, equal_nan=True, msg=key)
+            tolerance = 1e-5 if key == "figures" else 1e-10  # Fabric gives figures in single precision
+            torch.testing.assert_close(found[key], expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=key)
 
 
 def test_processes_draw_noise_of_their_own(two):

@@ -47,6 +47,9 @@ def test_the_configuration_says_everything(trained):
         "lr_schedule": "cosine",
         "device": "auto",
         "precision": "32-true",
+        "devices": 1,
+        "num_nodes": 1,
+        "strategy": "auto",
         "seed": 3,
         "start_at_mean": False,
     }

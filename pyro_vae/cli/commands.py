@@ -95,6 +95,7 @@ def fit(
         bool | None,
         _option("Set the output bias from the data's mean first. [default: where the likelihood can]"),
     ] = None,
+    compile: Annotated[bool | None, _option("Compile the training step, or do not. [default: where it pays]")] = None,
     out: Annotated[
         Path | None, _option("Run directory. [default: the first free of runs/DATA, runs/DATA-2, ...]")
     ] = None,
@@ -166,6 +167,7 @@ def fit(
         strategy=strategy,
         seed=seed,
         start_at_mean=_can_start_at_mean(built) if start_at_mean is None else start_at_mean,
+        compile="auto" if compile is None else compile,
         out=run,
         resume=resume,
         overwrite=overwrite,

@@ -11,7 +11,8 @@ __all__ = ["DATA", "expanded"]
 
 DATA = ("data", "data_root", "binarize", "dequantize", "labels", "valid", "test", "data_seed")
 _FIT = ("program", "estimator", "anneal", "epochs", "batch_size", "lr", "optimizer", "lr_schedule", "device")
-_CONFIGURED = (*DATA, *_FIT, "precision", "devices", "num_nodes", "strategy", "seed", "start_at_mean", "recorded")
+_RUN = ("precision", "devices", "num_nodes", "strategy", "seed", "start_at_mean", "compile", "recorded")
+_CONFIGURED = (*DATA, *_FIT, *_RUN)
 
 
 def expanded(arguments: list[str]) -> list[str]:
@@ -29,6 +30,8 @@ def expanded(arguments: list[str]) -> list[str]:
     if config.get("data") is None and _value_of("--data", arguments) is None:
         raise ValueError(f"{file} does not name the run's data; name them with --data")
     config.pop("recorded", None)
+    if config.get("compile") == "auto":  # the default, which no flag says
+        del config["compile"]
     given = [_flag(name.replace("_", "-"), value) for name, value in config.items() if value is not None]
     return ["fit", *given, *arguments[1:]]
 

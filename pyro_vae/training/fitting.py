@@ -62,6 +62,7 @@ def fit(
     strategy: str = "auto",
     seed: int | None = None,
     start_at_mean: bool = False,
+    compile: str | bool = "auto",
     out: str | os.PathLike | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -100,8 +101,11 @@ def fit(
         seed: Seed of all random numbers; None goes on from the current state.
         start_at_mean: Whether to set the likelihood's output bias from the data's mean first. It saves the first
             epochs, in which many latents are otherwise lost for good.
+        compile: Whether to compile the step (see `pyro_vae.compilation.compile_step`): "auto" does so where the rest of
+            the run would take more than a minute without. What cannot be compiled is warned of, and runs as it is.
         out: Run directory to write; None writes nothing. Only the first of several processes writes.
-        resume: Go on from the checkpoint in `out`: bit for bit, but within an epoch of a stream that shuffles itself.
+        resume: Go on from the checkpoint in `out`: bit for bit, but within an epoch of a stream that shuffles itself,
+            and but for rounding where "auto" compiles.
         overwrite: Replace a run in `out`.
         progress: Whether to show a progress bar.
 

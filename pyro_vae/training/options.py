@@ -51,6 +51,7 @@ class Options:
     strategy: str = "auto"
     seed: int | None = None
     start_at_mean: bool = False
+    compile: str | bool = "auto"
 
     def __post_init__(self) -> None:
         self.estimator = self.estimator or Trace_ELBO()
@@ -59,6 +60,8 @@ class Options:
             raise ValueError(f"expected positive epochs and lr, got epochs={self.epochs}, lr={self.lr}")
         if isinstance(self.lr_schedule, str) and self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}")
+        if self.compile not in ("auto", True, False):
+            raise ValueError(f'compile: expected "auto", True or False, got {self.compile!r}')
         name = type(self.estimator).__name__
         if name.startswith("Jit"):
             raise ValueError(f"{name} would trace beta once and for all; expected {name.removeprefix('Jit')}")

@@ -6,20 +6,21 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
-from pyro.infer import ELBO, TraceTailAdaptive_ELBO
-from torch import Tensor, nn
+from pyro.infer import TraceTailAdaptive_ELBO
+from torch import Tensor
 
 from pyro_vae import handlers, runs
+from pyro_vae.compilation import annealed
 from pyro_vae.data import Batches, check
 from pyro_vae.estimators import checks
-from pyro_vae.estimators.gradients import loss_to_differentiate
+from pyro_vae.estimators.objective import Objective
 from pyro_vae.programs import Program, check_param_sites, undisturbed
+from pyro_vae.training.gradients import Gradients
 from pyro_vae.training.options import Options, annealing, fabric, lr_scheduler, optimizer
 from pyro_vae.training.processes import Processes
 
@@ -57,25 +58,6 @@ class Step:
     num_data: int
 
 
-class _Objective(nn.Module):
-    """Program and estimator as one module, whose output is what there is to differentiate, per datum."""
-
-    def __init__(self, program: Program, estimator: ELBO):
-        super().__init__()
-        self.program = program
-        self.estimator: Any = estimator
-        self.recorded = handlers.record()
-        # The program's own param store: some estimators keep state there, and none of it may reach Pyro's.
-        self.param_store: Any = {"params": {}, "constraints": {}}
-
-    def forward(self, beta: float, *batch: Tensor) -> Any:
-        programs = self.recorded.model(self.program.model), self.recorded.guide(self.program.guide)
-        with pyro.get_param_store().scope(self.param_store), handlers.beta(beta), self.recorded:
-            loss = loss_to_differentiate(self.estimator, *programs, *batch)
-        # Here, since Fabric gives the output in single precision.
-        return loss / self.recorded.num_data
-
-
 class Training:
     """A run of training: the program, its optimizer and schedules, and where they stand.
 
@@ -95,10 +77,11 @@ class Training:
         if seed is not None:
             seed_everything(seed, verbose=False)
         self.program = program
-        self.objective = _Objective(program, self.options.estimator)
-        self._fabric_objective = self.fabric.setup_module(self.objective)
+        self.objective = Objective(program, self.options.estimator)
+        placed = self.fabric.setup_module(self.objective)  # before the batches, which go where it is
         order_seed = seed if seed is not None else self.processes.broadcast(int(torch.randint(2**31, ())))
         self.batches = Batches(data, program, self.options.batch_size, order_seed)
+        self.gradients = Gradients(self.objective, placed, self.batches, self.fabric, self.options.compile)
         check(program, self.batches)
         if self.options.start_at_mean:
             _start_at_mean(program, self.batches)
@@ -109,8 +92,7 @@ class Training:
         self._fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
         self.total_steps = self.options.epochs * len(self.batches)
         self.scheduler = lr_scheduler(self.optimizer, self.options, self.total_steps)
-        following = (*program.modules(), self.options.estimator)
-        self.annealed: list[Any] = [each for each in following if hasattr(each, "set_progress")]
+        self.annealed = annealed(self.objective)
         self.step = 0
 
     def __iter__(self) -> Iterator[Step]:
@@ -118,63 +100,50 @@ class Training:
         checked = False
         while self.step < self.total_steps:
             epoch, skip = divmod(self.step, len(self.batches))
-            for batch in self.batches.epoch(epoch, skip):
-                if not checked and len(batch[0]):
-                    self._check_estimator(batch)
+            for raw in self.batches.raw(epoch, skip):
+                if not checked and len(raw[0]):
+                    self._check_estimator(raw)
                     checked = True
-                yield self._take(epoch, batch)
+                yield self._take(epoch, raw)
 
-    def _check_estimator(self, batch: tuple[Tensor, ...]) -> None:
+    def _check_estimator(self, raw: tuple[Tensor, ...]) -> None:
         """Warn or raise where the estimator is wrong for the program, whose mode is the one it is trained in."""
         with undisturbed(self.program), _kept_buffers(self.program), handlers.beta(self.anneal(0.0)):
             self.program.train()
+            batch = self.batches.prepare(*raw)
             self.processes.check_globals(self.program, batch)
             checks.check(self.options.estimator, self.program.model, self.program.guide, *batch)
 
-    def _take(self, epoch: int, batch: tuple[Tensor, ...]) -> Step:
+    def _take(self, epoch: int, raw: tuple[Tensor, ...]) -> Step:
         progress = self.step / self.total_steps
         beta = self.anneal(progress)
         for each in self.annealed:
             each.set_progress(progress)
         if not self.program.training:
             self.program.train()
-        self._fabric_optimizer.zero_grad()
-        figures = self._gradients(beta, batch) if len(batch[0]) else torch.zeros(3, device=self.fabric.device)
-        (value, rate, distortion), num_data = self.processes.average(self.program, figures, len(batch[0]))
-        self._check_loss(value, figures[0])
+        loss, rate, distortion, num_data = self._averaged(beta, raw)
+        if self.step == 0:
+            self._check_parameters()
         self._fabric_optimizer.step()
         self.step += 1
         if self.scheduler is not None:
             self.scheduler.step()
         if hasattr(self.anneal, "update"):
             self.anneal.update(rate)
-        return Step(epoch + 1, self.step, beta, value, -rate - distortion, rate, distortion, num_data)
+        return Step(epoch + 1, self.step, beta, loss, -rate - distortion, rate, distortion, num_data)
 
-    def _gradients(self, beta: float, batch: tuple[Tensor, ...]) -> Tensor:
-        """Loss, rate and distortion per datum, still on the device; what is left in `.grad` is the gradient."""
-        # Pyro checks the first step; after that its checks, of a program that does not change, are left out.
-        with pyro.validation_enabled(False) if self.step else nullcontext():
-            loss = self._fabric_objective(beta, *batch)
-        recorded = self.objective.recorded
-        rate, distortion = recorded.rate.mean(), recorded.distortion.mean()
-        self._differentiate(loss)
-        return torch.stack([loss.detach().to(rate), rate, distortion])
-
-    def _check_loss(self, value: float, own: Tensor) -> None:
+    def _averaged(self, beta: float, raw: tuple[Tensor, ...]) -> tuple[float, float, float, int]:
+        """Loss, rate and distortion per datum, and the number of data, of all processes; so are the gradients."""
+        own = torch.zeros(3, device=self.fabric.device)
+        if share := len(raw[0]):
+            own = self.gradients(beta, raw, self.total_steps - self.step)
+        (loss, rate, distortion), num_data = self.processes.average(self.program, own, share)
         # Tail-adaptive inference has no loss to report and gives infinity (Wang, Liu and Liu, 2018).
-        if not math.isfinite(value) and not isinstance(self.options.estimator, TraceTailAdaptive_ELBO):
-            where = self.processes.first(None if own.isfinite() else self.objective.recorded.first_nonfinite())
-            raise NonFiniteError(f"the loss is {value} at step {self.step + 1}; first site not finite: {where}")
-
-    def _differentiate(self, loss: Tensor) -> None:
-        if loss.requires_grad:
-            self.fabric.backward(loss)
-        else:  # the estimator has called backward on the sum
-            for parameter in self.program.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.div_(self.objective.recorded.num_data)
-        if self.step == 0:
-            self._check_parameters()
+        if not math.isfinite(loss) and not isinstance(self.options.estimator, TraceTailAdaptive_ELBO):
+            here = None if own[0].isfinite() else self.gradients.first_nonfinite(beta, raw)
+            where = self.processes.first(here)
+            raise NonFiniteError(f"the loss is {loss} at step {self.step + 1}; first site not finite: {where}")
+        return loss, rate, distortion, num_data
 
     def _check_parameters(self) -> None:
         check_param_sites(self.program, self.objective.param_store["params"])
