@@ -89,7 +89,7 @@ def fit_all(folder, devices):
 
 
 class Drawing(Trace_ELBO):
-    """Remembers the latents that the first particle of each step draws."""
+    """Remembers the noise of each step's latents."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,8 @@ class Drawing(Trace_ELBO):
 
     def differentiable_loss(self, model, guide, *args):
         trace = pyro.poutine.trace(guide).get_trace(*args)
-        self.drawn.append(trace.nodes["z"]["value"].detach())
+        z = trace.nodes["z"]
+        self.drawn.append(((z["value"] - z["fn"].mean) / z["fn"].variance.sqrt()).detach())
         return super().differentiable_loss(model, pyro.poutine.replay(guide, trace=trace), *args)
 
 

@@ -92,14 +92,14 @@ def test_two_processes_find_what_one_does(one, two, name):
 
 
 def test_processes_draw_noise_of_their_own(two):
-    """A run that nobody has seeded: false alarms where two normal draws agree, that is none.
+    """A run that nobody has seeded: false alarms where 8 pairs of normal draws are all within 0.1, below 1e-9.
 
     Of batches of 16, 16 and 8 each process has half; both end with the same weights, although they began with others.
     """
     (first, drawn), (second, others) = two[0]
     assert [len(z) for z in drawn[:3]] == [len(z) for z in others[:3]] == [8, 8, 4]
     assert len(drawn) == 4 * 3
-    assert all((a != b).all() for a, b in zip(drawn, others, strict=True))
+    assert all((a - b).abs().max() > 0.1 for a, b in zip(drawn, others, strict=True))
     for name, tensor in first["vae"].items():
         assert torch.equal(tensor, second["vae"][name]), name
 

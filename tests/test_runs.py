@@ -52,6 +52,7 @@ def test_the_configuration_says_everything(trained):
         "strategy": "auto",
         "seed": 3,
         "start_at_mean": False,
+        "compile": "auto",
     }
     assert recorded["event_shape"] == [1, 8, 8]
     assert recorded["torch"] == torch.__version__.partition("+")[0]
