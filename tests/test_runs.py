@@ -47,8 +47,12 @@ def test_the_configuration_says_everything(trained):
         "lr_schedule": "cosine",
         "device": "auto",
         "precision": "32-true",
+        "devices": 1,
+        "num_nodes": 1,
+        "strategy": "auto",
         "seed": 3,
         "start_at_mean": False,
+        "compile": "auto",
     }
     assert recorded["event_shape"] == [1, 8, 8]
     assert recorded["torch"] == torch.__version__.partition("+")[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 from pyro_vae.cli.commands import app
 from pyro_vae.cli.configuration import expanded
+from pyro_vae.training.processes import told_elsewhere
 
 __all__ = ["app", "main"]
 
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
         except Exception as error:
             if "--debug" in arguments:
                 raise
+            if told_elsewhere(error):
+                sys.exit(2)
             usage = getattr(error, "format_message", None)  # what typer raises for wrong usage
             lines = (usage() if usage else str(error)).splitlines() or [""]
             expected = usage or isinstance(error, ValueError | OSError | FloatingPointError)

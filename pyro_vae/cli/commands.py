@@ -21,6 +21,7 @@ from pyro_vae.files import replacing
 from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.networks import Standardized
 from pyro_vae.programs import Program
+from pyro_vae.training import processes
 from pyro_vae.training.options import fabric
 
 app = typer.Typer(
@@ -86,6 +87,9 @@ def fit(
     lr_schedule: Annotated[str | None, _option("cosine or one-cycle.")] = None,
     device: Device = "auto",
     precision: Annotated[str, _option("32-true, bf16-mixed, 64-true, ...")] = "32-true",
+    devices: Annotated[int, _option("Processes on each machine, each with a device.")] = 1,
+    num_nodes: Annotated[int, _option("Machines.")] = 1,
+    strategy: Annotated[str, _option("auto or ddp.")] = "auto",
     seed: Annotated[int, _option("Seed of weights, order and noise.")] = 0,
     start_at_mean: Annotated[
         bool | None,
@@ -114,6 +118,9 @@ def fit(
     runs.check_free(run, resume, overwrite)
     if num_particles < 1:
         raise ValueError(f"--num-particles: expected a positive number, got {num_particles}")
+    first = processes.rank(fabric(device, precision, devices, num_nodes, strategy)) == 0
+    if not first:
+        output.be_silent()
     trust = trust or not (config or resume)  # what the user typed is trusted, what a file says is not
     parts: Any = {
         "latent": latent,
@@ -155,6 +162,9 @@ def fit(
         lr_schedule=lr_schedule,
         device=device,
         precision=precision,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
         seed=seed,
         start_at_mean=_can_start_at_mean(built) if start_at_mean is None else start_at_mean,
         compile="auto" if compile is None else compile,
@@ -162,6 +172,8 @@ def fit(
         resume=resume,
         overwrite=overwrite,
     )
+    if not first:
+        return
     output.record_columns(run, splits.train)
     output.evaluate(run, built, splits.test, num_particles)
     output.write_figures(run, built, splits.test, fitted.history)
@@ -181,7 +193,9 @@ def _build(train: InMemory, chosen: dict[str, Any], trust: bool) -> nn.Module:
 def _fit(program: Program, train: InMemory, *, out: Path, **options: Any) -> pyro_vae.training.Fitted:
     try:
         return pyro_vae.fit(program, train, out=out, **options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
+        if processes.told_elsewhere(interruption):
+            raise typer.Exit(130) from None
         print(f"\npyro-vae: interrupted; go on with: pyro-vae fit --resume --out {out}", file=sys.stderr)
         raise typer.Exit(130) from None
 

@@ -11,7 +11,8 @@ __all__ = ["DATA", "expanded"]
 
 DATA = ("data", "data_root", "binarize", "dequantize", "labels", "valid", "test", "data_seed")
 _FIT = ("program", "estimator", "anneal", "epochs", "batch_size", "lr", "optimizer", "lr_schedule", "device")
-_CONFIGURED = (*DATA, *_FIT, "precision", "seed", "start_at_mean", "compile", "recorded")
+_RUN = ("precision", "devices", "num_nodes", "strategy", "seed", "start_at_mean", "compile", "recorded")
+_CONFIGURED = (*DATA, *_FIT, *_RUN)
 
 
 def expanded(arguments: list[str]) -> list[str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 __all__ = [
+    "be_silent",
     "check_suffix",
     "default_estimators",
     "evaluate",
@@ -157,6 +161,12 @@ def list_components() -> None:
             print(f"  {entry.name}({entry.arguments})")
             print(f"      {entry.summary}{f' Over {entry.support}.' if entry.support else ''}")
         print()
+
+
+def be_silent() -> None:
+    """Say nothing more but errors: this process is not the first of several, which says the same."""
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (until the process ends)
+    warnings.simplefilter("ignore")
 
 
 def say(text: str) -> None:

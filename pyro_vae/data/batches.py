@@ -66,6 +66,7 @@ class Batches:
         self.num_inputs = num_inputs(program)
         self.batch_size = batch_size
         self.seed = seed
+        self.rank, self.count = 0, 1  # of the processes that share each batch
         sized: Any = self.source.dataset if isinstance(self.source, DataLoader) else self.source
         try:
             self.num_data = len(sized)
@@ -91,17 +92,19 @@ class Batches:
         """What `prepare` makes the batches of an epoch of, on the device: of data in memory, the rows and all data."""
         if isinstance(self.source, InMemory):
             for rows in self._order(epoch).to(self.device).split(self.batch_size)[skip:]:
-                yield (rows, *self.source.tensors)
+                yield (rows[self._share(len(rows))], *self.source.tensors)
             return
         loader = self.source
         if not isinstance(loader, DataLoader):
             order, generator = self._order(epoch).tolist(), torch.Generator()  # else it draws from the global state
             loader = DataLoader(self.source, batch_size=self.batch_size, sampler=order, generator=generator)
-        if skip == 0:
+        if skip == 0 and self.count == 1:
             yield from map(self._tensors, loader)
             return
         # What is skipped was drawn before the checkpoint, whose random state must not be touched again.
         with torch.random.fork_rng([]):
+            if self.count > 1:  # processes have random states of their own, and must draw the same order
+                torch.manual_seed(self._epoch_seed(epoch))
             rest = itertools.islice(loader, skip, None)
             batch = next(rest, None)
         while batch is not None:
@@ -127,8 +130,14 @@ class Batches:
     def _order(self, epoch: int) -> Tensor:
         if self.seed is None:
             return torch.arange(self.num_data)
-        state = np.random.SeedSequence((self.seed, epoch)).generate_state(1)
-        return torch.randperm(self.num_data, generator=torch.Generator().manual_seed(int(state[0])))
+        return torch.randperm(self.num_data, generator=torch.Generator().manual_seed(self._epoch_seed(epoch)))
+
+    def _epoch_seed(self, epoch: int) -> int:
+        return int(np.random.SeedSequence((self.seed or 0, epoch)).generate_state(1)[0])
+
+    def _share(self, size: int) -> slice:
+        """The rows of a batch that are this process's; none, where there are fewer rows than processes."""
+        return slice(size * self.rank // self.count, size * (self.rank + 1) // self.count)
 
     def _tensors(self, batch: Any) -> tuple[Tensor, ...]:
         """What a stream gave, checked and on the device."""
@@ -137,4 +146,5 @@ class Batches:
             raise ValueError(
                 f"data: expected tensors in a batch, got {', '.join(type(item).__name__ for item in items)}"
             )
-        return tuple(item.to(self.device, non_blocking=True) for item in items[: self.num_inputs])
+        share = self._share(len(items[0]))
+        return tuple(item[share].to(self.device, non_blocking=True) for item in items[: self.num_inputs])

@@ -57,6 +57,9 @@ def fit(
     lr_schedule: str | Callable[..., Any] | None = None,
     device: str = "auto",
     precision: str = "32-true",
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
     seed: int | None = None,
     start_at_mean: bool = False,
     compile: str | bool = "auto",
@@ -82,19 +85,25 @@ def fit(
             such as `schedules.ControlVAE(20.0)`, whose `update` is called with the rate after each step, and whose
             `state_dict` and `load_state_dict` a checkpoint needs. A run works on a copy of it.
         epochs: Passes over the data.
-        batch_size: Data in a step.
+        batch_size: Data in a step, of all processes together.
         lr: Learning rate; the highest one of a schedule.
         optimizer: Called with the parameters and `lr=`.
         lr_schedule: None, "cosine", "one-cycle" (with 5 % warm-up), or a function from the optimizer to a torch
             scheduler, which is then stepped after each step.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: Fabric's: "32-true", "bf16-mixed", "64-true", ...
+        devices: Processes on each machine, each with a device of its own. Each takes its share of the rows of every
+            batch, and draws its own noise. Lightning's Fabric starts the others by running the script again, so what
+            is not to be done by each of them stands under `if torch.distributed.get_rank() == 0`. `torchrun` says
+            itself how many there are.
+        num_nodes: Machines.
+        strategy: "auto" or "ddp", which are the same: weights and optimizer are in every process.
         seed: Seed of all random numbers; None goes on from the current state.
         start_at_mean: Whether to set the likelihood's output bias from the data's mean first. It saves the first
             epochs, in which many latents are otherwise lost for good.
         compile: Whether to compile the step (see `pyro_vae.compilation.compile_step`): "auto" does so where the rest of
             the run would take more than a minute without. What cannot be compiled is warned of, and runs as it is.
-        out: Run directory to write; None writes nothing.
+        out: Run directory to write; None writes nothing. Only the first of several processes writes.
         resume: Go on from the checkpoint in `out`: bit for bit, but within an epoch of a stream that shuffles itself,
             and but for rounding where "auto" compiles.
         overwrite: Replace a run in `out`.
@@ -106,7 +115,8 @@ def fit(
     Raises:
         ValueError: If an argument or the data do not suit, or `out` exists.
         NonFiniteError: If the loss is NaN or infinite; the last good checkpoint stays.
-        KeyboardInterrupt: After Ctrl-C, once the step is done and the checkpoint written.
+        KeyboardInterrupt: After Ctrl-C, once the step is done and the checkpoint written; in all processes.
+        LostProcessError: If another process has ended.
 
     Reference:
         Kingma and Welling, 2014. Auto-encoding variational Bayes. Bowman et al., 2016. Generating sentences from a
@@ -127,21 +137,31 @@ def fit(
         raise ValueError("resume: expected a run directory out=, got None")
     source = as_source(data)
     training = Training(program, source, **{field.name: given[field.name] for field in dataclasses.fields(Options)})
-    run = _Run(training, folder, {} if folder is None else _config(training, source, warn=not resume), resume)
+    processes = training.processes
+    warn = not resume and processes.rank == 0
+    run = _Run(training, folder, {} if folder is None else _config(training, source, warn), resume)
     if valid is not None:
         evaluation.checked_batches(program, valid, 1)
-    with progress_bar(training, progress) as show, interruptible() as interrupted:
+    with progress_bar(training, progress and processes.rank == 0) as show, interruptible() as interrupted:
         for step in training:
             run.take(step)
             show(step)
             if training.step % len(training.batches) == 0:
-                run.history.close_epoch(None if valid is None else evaluation.elbo(program, valid).mean().item())
+                run.history.close_epoch(None if valid is None else _valid_elbo(training, valid))
                 run.save()
-            if interrupted():
+            if processes.stopping(interrupted()):
                 run.save()
+                processes.wait()  # while the first one writes, which the launcher ends when another has ended
                 raise KeyboardInterrupt
     run.finish()
     return Fitted(program, run.history.frame(), folder)
+
+
+def _valid_elbo(training: Training, valid: Any) -> float:
+    """The validation ELBO, which the first process computes for all."""
+    processes = training.processes
+    own = evaluation.elbo(training.program, valid).mean().item() if processes.rank == 0 else None
+    return processes.broadcast(own)
 
 
 class _Run:
@@ -151,6 +171,7 @@ class _Run:
         self.training, self.folder, self.config, self.resume = training, folder, config, resume
         self.history = History()
         self.started = False
+        self.writes = folder is not None and training.processes.rank == 0
         if folder is not None and resume:
             tensors, meta = runs.read_checkpoint(folder / runs.CHECKPOINT)
             training.restore(tensors, meta, folder / runs.CHECKPOINT)
@@ -160,9 +181,10 @@ class _Run:
         """Take a step into account. The first one shows that the run works; not before does it replace another."""
         self.history.add(step)
         if not self.started and self.folder is not None:
-            if not self.resume:
+            if self.writes and not self.resume:
                 runs.clear(self.folder)
-            runs.write_config(self.folder, self.config)
+            if self.writes:
+                runs.write_config(self.folder, self.config)
             self.save()
         self.started = True
 
@@ -170,7 +192,9 @@ class _Run:
         """Write the checkpoint and the history."""
         if self.folder is None:
             return
-        tensors, meta = self.training.state()
+        tensors, meta = self.training.state()  # in every process, since each has a random state
+        if not self.writes:
+            return
         runs.write_checkpoint(self.folder / runs.CHECKPOINT, tensors, meta | self.history.meta())
         with replacing(self.folder / runs.HISTORY) as temporary:
             self.history.frame().to_csv(temporary, index=False)
@@ -179,7 +203,7 @@ class _Run:
         """Write the weights, of a program that is ready for use."""
         self.training.check_finite()
         self.training.program.eval()
-        if self.folder is not None:
+        if self.folder is not None and self.writes:
             runs.write_checkpoint(self.folder / runs.MODEL, runs.weights(self.training.program))
 
 

@@ -26,6 +26,7 @@ class Gradients:
 
     Args:
         objective: Program and estimator.
+        placed: The same as Fabric has set it up: on its device, and run in its precision.
         batches: The data.
         fabric: Lightning's Fabric, with a device and a precision.
         compile: "auto", True or False.
@@ -35,12 +36,12 @@ class Gradients:
         announce: Called with a line when compiling begins, and one when it is done.
     """
 
-    def __init__(self, objective: Objective, batches: Batches, fabric: Any, compile: str | bool):
+    def __init__(self, objective: Objective, placed: Any, batches: Batches, fabric: Any, compile: str | bool):
         self.objective, self.batches, self.fabric = objective, batches, fabric
         self.compile = compile
         self.compiled: CompiledStep | None = None
         self.announce: Callable[[str], None] = lambda line: None
-        self._fabric_objective = fabric.setup_module(objective)
+        self._fabric_objective = placed
         self._steps, self._start = 0, 0.0
 
     def __call__(self, beta: float, raw: tuple[Tensor, ...], remaining: int) -> Tensor:

@@ -15,6 +15,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro_vae import schedules
 from pyro_vae.compilation import check_compile
 from pyro_vae.programs import Program
+from pyro_vae.training.processes import num_processes
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "annealing", "fabric", "lr_scheduler", "optimizer"]
 
 LR_SCHEDULES = ("cosine", "one-cycle")
+STRATEGIES = ("auto", "ddp")
 
 
 @dataclasses.dataclass
@@ -45,6 +47,9 @@ class Options:
     lr_schedule: str | Callable[..., Any] | None = None
     device: str = "auto"
     precision: str = "32-true"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
     seed: int | None = None
     start_at_mean: bool = False
     compile: str | bool = "auto"
@@ -72,15 +77,20 @@ class Options:
             raise ValueError("scale='optimal' knows no weights of enumerated latents; expected scale='global'")
 
 
-def fabric(device: str, precision: Any = "32-true") -> Fabric:
-    """Lightning's Fabric for a device.
+def fabric(
+    device: str, precision: Any = "32-true", devices: int = 1, num_nodes: int = 1, strategy: str = "auto"
+) -> Fabric:
+    """Lightning's Fabric for a device, or for many processes.
 
     Args:
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         precision: Fabric's precision.
+        devices: Processes on each machine, each with a device; `torchrun` says how many itself.
+        num_nodes: Machines.
+        strategy: "auto" or "ddp".
 
     Raises:
-        ValueError: If what follows the colon is no number.
+        ValueError: If what follows the colon is no number, or the arguments do not suit one another.
 
     Example:
         >>> fabric("cpu").device
@@ -91,7 +101,22 @@ def fabric(device: str, precision: Any = "32-true") -> Fabric:
     accelerator, _, index = device.partition(":")
     if index and not index.isdigit():
         raise ValueError(f"device: expected a name such as cpu, cuda or cuda:1, got {device!r}")
-    return Fabric(accelerator=accelerator, devices=[int(index)] if index else 1, precision=precision)
+    devices, num_nodes = num_processes(devices, num_nodes)
+    if strategy == "fsdp":
+        raise ValueError(
+            "strategy: Pyro programs use parameters outside of forward, where FSDP has them in shards; expected ddp"
+        )
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    chosen: Any = "auto"
+    if devices * num_nodes > 1:
+        from pyro_vae.training.strategies import Averaging
+
+        if index:
+            raise ValueError(f"device: expected {accelerator} for {devices * num_nodes} processes, got {device}")
+        chosen = Averaging()
+    asked: Any = [int(index)] if index else devices
+    return Fabric(accelerator=accelerator, devices=asked, num_nodes=num_nodes, strategy=chosen, precision=precision)
 
 
 def annealing(anneal: Any) -> Any:

@@ -22,12 +22,15 @@ from pyro_vae.estimators.objective import Objective
 from pyro_vae.programs import Program, check_param_sites, undisturbed
 from pyro_vae.training.gradients import Gradients
 from pyro_vae.training.options import Options, annealing, fabric, lr_scheduler, optimizer
+from pyro_vae.training.processes import Processes
 
 __all__ = ["NonFiniteError", "Step", "Training", "steps"]
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or a weight became NaN or infinite."""
+    """The loss or a weight became NaN or infinite: in all of several processes, of which the first tells it."""
+
+    told_by = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +70,24 @@ class Training:
         self.options = Options(**options)
         self.options.check(program)
         self.anneal = annealing(self.options.anneal)
-        self.fabric = fabric(self.options.device, self.options.precision)
+        asked = self.options
+        self.fabric = fabric(asked.device, asked.precision, asked.devices, asked.num_nodes, asked.strategy)
+        self.processes = Processes(self.fabric)
         seed = self.options.seed
         if seed is not None:
             seed_everything(seed, verbose=False)
         self.program = program
         self.objective = Objective(program, self.options.estimator)
-        order_seed = seed if seed is not None else int(torch.randint(2**31, ()))
+        placed = self.fabric.setup_module(self.objective)  # before the batches, which go where it is
+        order_seed = seed if seed is not None else self.processes.broadcast(int(torch.randint(2**31, ())))
         self.batches = Batches(data, program, self.options.batch_size, order_seed)
-        self.gradients = Gradients(self.objective, self.batches, self.fabric, self.options.compile)
+        self.gradients = Gradients(self.objective, placed, self.batches, self.fabric, self.options.compile)
         check(program, self.batches)
         if self.options.start_at_mean:
             _start_at_mean(program, self.batches)
+        self.batches.rank, self.batches.count = self.processes.rank, self.processes.count
+        if self.processes.count > 1:
+            self.processes.seed(order_seed, step=0)
         self.optimizer = optimizer(program, self.options)
         self._fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
         self.total_steps = self.options.epochs * len(self.batches)
@@ -87,11 +96,12 @@ class Training:
         self.step = 0
 
     def __iter__(self) -> Iterator[Step]:
+        self.processes.start_alike(self.program, self.batches.num_data)
         checked = False
         while self.step < self.total_steps:
             epoch, skip = divmod(self.step, len(self.batches))
             for raw in self.batches.raw(epoch, skip):
-                if not checked:
+                if not checked and len(raw[0]):
                     self._check_estimator(raw)
                     checked = True
                 yield self._take(epoch, raw)
@@ -101,6 +111,7 @@ class Training:
         with undisturbed(self.program), _kept_buffers(self.program), handlers.beta(self.anneal(0.0)):
             self.program.train()
             batch = self.batches.prepare(*raw)
+            self.processes.check_globals(self.program, batch)
             checks.check(self.options.estimator, self.program.model, self.program.guide, *batch)
 
     def _take(self, epoch: int, raw: tuple[Tensor, ...]) -> Step:
@@ -110,9 +121,7 @@ class Training:
             each.set_progress(progress)
         if not self.program.training:
             self.program.train()
-        loss, rate, distortion = self._checked(
-            self.gradients(beta, raw, self.total_steps - self.step).tolist(), beta, raw
-        )
+        loss, rate, distortion, num_data = self._averaged(beta, raw)
         if self.step == 0:
             self._check_parameters()
         self._fabric_optimizer.step()
@@ -121,15 +130,20 @@ class Training:
             self.scheduler.step()
         if hasattr(self.anneal, "update"):
             self.anneal.update(rate)
-        return Step(epoch + 1, self.step, beta, loss, -rate - distortion, rate, distortion, len(raw[0]))
+        return Step(epoch + 1, self.step, beta, loss, -rate - distortion, rate, distortion, num_data)
 
-    def _checked(self, figures: list[float], beta: float, raw: tuple[Tensor, ...]) -> list[float]:
-        """Loss, rate and distortion per datum, of which the loss must be finite."""
+    def _averaged(self, beta: float, raw: tuple[Tensor, ...]) -> tuple[float, float, float, int]:
+        """Loss, rate and distortion per datum, and the number of data, of all processes; so are the gradients."""
+        own = torch.zeros(3, device=self.fabric.device)
+        if share := len(raw[0]):
+            own = self.gradients(beta, raw, self.total_steps - self.step)
+        (loss, rate, distortion), num_data = self.processes.average(self.program, own, share)
         # Tail-adaptive inference has no loss to report and gives infinity (Wang, Liu and Liu, 2018).
-        if not math.isfinite(figures[0]) and not isinstance(self.options.estimator, TraceTailAdaptive_ELBO):
-            where = self.gradients.first_nonfinite(beta, raw)
-            raise NonFiniteError(f"the loss is {figures[0]} at step {self.step + 1}; first site not finite: {where}")
-        return figures
+        if not math.isfinite(loss) and not isinstance(self.options.estimator, TraceTailAdaptive_ELBO):
+            here = None if own[0].isfinite() else self.gradients.first_nonfinite(beta, raw)
+            where = self.processes.first(here)
+            raise NonFiniteError(f"the loss is {loss} at step {self.step + 1}; first site not finite: {where}")
+        return loss, rate, distortion, num_data
 
     def _check_parameters(self) -> None:
         check_param_sites(self.program, self.objective.param_store["params"])
@@ -162,9 +176,9 @@ class Training:
             for name, value in entry.items():
                 if value is not None:
                     tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().clone().contiguous()
-        tensors["rng.cpu"] = torch.get_rng_state()
+        tensors["rng.cpu"] = self.processes.gather(torch.get_rng_state())
         if self.fabric.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.fabric.device)
+            tensors["rng.cuda"] = self.processes.gather(torch.cuda.get_rng_state(self.fabric.device))
         meta = {"step": self.step, "order_seed": self.batches.seed, "shape": self._shape()}
         if hasattr(self.anneal, "update"):
             meta["anneal"] = self.anneal.state_dict()
@@ -182,9 +196,17 @@ class Training:
         self._restore_optimizer(tensors)
         if hasattr(self.anneal, "update"):
             self.anneal.load_state_dict(meta["anneal"])
-        torch.set_rng_state(tensors["rng.cpu"])
+        self._restore_rng(tensors)
+
+    def _restore_rng(self, tensors: dict[str, Tensor]) -> None:
+        """The random state of each process; of another number of processes, new ones."""
+        states = torch.atleast_2d(tensors["rng.cpu"])
+        if len(states) != self.processes.count:
+            self.processes.seed(self.batches.seed or 0, self.step)
+            return
+        torch.set_rng_state(states[self.processes.rank])
         if "rng.cuda" in tensors and self.fabric.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.fabric.device)
+            torch.cuda.set_rng_state(tensors["rng.cuda"][self.processes.rank], self.fabric.device)
 
     def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
