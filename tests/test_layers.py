@@ -86,7 +86,7 @@ def state():
 before = state()
 import pyro_vae, sys
 assert state() == before
-heavy = {"lightning", "arviz", "arviz_base", "arviz_stats", "arviz_plots", "zarr", "xarray", "scipy.stats", "sklearn"}
+heavy = {"lightning_fabric", "arviz", "arviz_base", "arviz_stats", "arviz_plots", "zarr", "xarray", "scipy.stats", "sklearn"}
 heavy = (heavy | {"matplotlib.pyplot", "torchvision", "pandas"}) & set(sys.modules)
 assert not heavy, heavy
 """

@@ -109,7 +109,7 @@ def fit(
     debug: Debug = False,
 ) -> None:
     """Fit a variational autoencoder, evaluate it on the test data, and write a run directory."""
-    from lightning.fabric import seed_everything
+    from lightning_fabric import seed_everything
 
     if resume and out is None:
         raise ValueError("--resume: expected the run directory with --out, got none")

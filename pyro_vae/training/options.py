@@ -18,7 +18,7 @@ from pyro_vae.programs import Program
 from pyro_vae.training.processes import num_processes
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 __all__ = ["Options", "annealing", "fabric", "lr_scheduler", "optimizer"]
 
@@ -96,7 +96,7 @@ def fabric(
         >>> fabric("cpu").device
         device(type='cpu')
     """
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     accelerator, _, index = device.partition(":")
     if index and not index.isdigit():

@@ -18,7 +18,7 @@ from pyro_vae.handlers import data_frame
 from pyro_vae.programs import Program
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 __all__ = ["LostProcessError", "Processes", "num_processes", "rank", "told_elsewhere"]
 

@@ -65,7 +65,7 @@ class Training:
     """
 
     def __init__(self, program: Program, data: Any, **options: Any):
-        from lightning.fabric import seed_everything
+        from lightning_fabric import seed_everything
 
         self.options = Options(**options)
         self.options.check(program)

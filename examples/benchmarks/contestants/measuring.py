@@ -13,7 +13,7 @@ import torch
 from rich.table import Table as Printed
 
 FLAGS = ("amx", "avx512", "avx2", "avx_vnni", "fma")  # of a processor that multiplies matrices
-LIBRARIES = ("torch", "pyro-ppl", "pyro-vae", "numpy", "lightning", "numpyro", "jax", "jaxlib", "pythae")
+LIBRARIES = ("torch", "pyro-ppl", "pyro-vae", "numpy", "lightning-fabric", "numpyro", "jax", "jaxlib", "pythae")
 AGREEMENT = 0.1  # of losses, relative: those of two seeds differ by 8 % after 200 steps, by 3 % after 1,000
 
 
