@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "annealing", "fabric", "lr_scheduler", "optimizer"]
 
 LR_SCHEDULES = ("cosine", "one-cycle")
-STRATEGIES = ("auto", "ddp")
+STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 @dataclasses.dataclass
@@ -87,7 +87,7 @@ def fabric(
         precision: Fabric's precision.
         devices: Processes on each machine, each with a device; `torchrun` says how many itself.
         num_nodes: Machines.
-        strategy: "auto" or "ddp".
+        strategy: "auto", "ddp" or "fsdp".
 
     Raises:
         ValueError: If what follows the colon is no number, or the arguments do not suit one another.
@@ -102,10 +102,6 @@ def fabric(
     if index and not index.isdigit():
         raise ValueError(f"device: expected a name such as cpu, cuda or cuda:1, got {device!r}")
     devices, num_nodes = num_processes(devices, num_nodes)
-    if strategy == "fsdp":
-        raise ValueError(
-            "strategy: Pyro programs use parameters outside of forward, where FSDP has them in shards; expected ddp"
-        )
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     chosen: Any = "auto"
@@ -114,6 +110,8 @@ def fabric(
 
         if index:
             raise ValueError(f"device: expected {accelerator} for {devices * num_nodes} processes, got {device}")
+        if strategy == "fsdp" and precision == "16-mixed":  # shards would not agree on which steps to leave out
+            raise ValueError("precision: expected bf16-mixed for strategy fsdp, got 16-mixed")
         chosen = Averaging()
     asked: Any = [int(index)] if index else devices
     return Fabric(accelerator=accelerator, devices=asked, num_nodes=num_nodes, strategy=chosen, precision=precision)

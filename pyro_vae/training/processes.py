@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,7 @@ class Processes:
         self._wants_stop = self._stop = False
         self._before: dict[str, Tensor] = {}  # buffers after the last step
         self._started = False
+        self._shards: Any = None
 
     def seed(self, seed: int, step: int) -> None:
         """Give this process a stream of random numbers of its own."""
@@ -155,11 +156,35 @@ class Processes:
                 tensor.copy_(values)
         self._before = {name: buffer.clone() for name, buffer in program.named_buffers() if buffer.dtype != torch.bool}
 
+    def shard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let each process hold a shard of the averaged gradients and of the optimizer's state; see `Shards`."""
+        if self.count > 1 and self._shards is None:
+            from pyro_vae.training.sharding import Shards
+
+            with self._together():
+                self._shards = Shards(optimizer, self.fabric.device, self.count)
+
+    def step(self, optimizer_step: Callable[[], Any]) -> None:
+        """Take the optimizer's step, with the gradients that `average` has left."""
+        if self._shards is None:
+            optimizer_step()
+            return
+        with self._together():
+            self._shards.step(optimizer_step)
+
+    def whole(self, value: Any) -> Any:
+        """What there is of a value in all processes, if it is in shards."""
+        if not hasattr(value, "full_tensor"):
+            return value
+        with self._together():
+            return value.full_tensor()
+
     @torch.no_grad()
     def average(self, program: Program, figures: Tensor, num_data: int) -> tuple[list[float], int]:
         """Average gradients, changes of buffers, and figures over the processes, by their shares of the batch.
 
-        All go in one message, since many small ones cost more. What is left in `.grad` is the batch's gradient.
+        All go in one message, since many small ones cost more. What is left in `.grad` is the batch's gradient; of a
+        parameter in shards, a term of it whose mean over the processes `step` takes.
 
         Args:
             program: The program, with the gradients of this process's share.
@@ -176,18 +201,24 @@ class Processes:
             return figures.tolist(), num_data
         parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
         buffers = [(name, buffer) for name, buffer in program.named_buffers() if name in self._before]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        sharded = set(self._shards.parameters_of_program) if self._shards else set()
+        whole = [parameter for parameter in parameters if parameter not in sharded]
+        gradients = [_gradient(parameter) for parameter in whole]
         changes = [_change(buffer, self._before[name]) for name, buffer in buffers]
         has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters])
-        averaged, total = self._averaged([*gradients, *changes, has_gradient, figures], num_data)
-        for parameter, gradient, has in zip(parameters, averaged, averaged[-2].tolist(), strict=False):
-            parameter.grad = gradient.view_as(parameter).to(parameter.dtype) if has else None
-        self._change(buffers, averaged[len(parameters) : -2])
+        averaged, total = self._averaged([*gradients, *changes, has_gradient, figures], num_data, like=parameters[0])
+        for parameter in sharded:
+            parameter.grad = _gradient(parameter).mul_(self.count * num_data / total)
+        for parameter, gradient in zip(whole, averaged, strict=False):
+            parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+        for parameter, has in zip(parameters, averaged[-2].tolist(), strict=True):
+            parameter.grad = parameter.grad if has else None
+        self._change(buffers, averaged[len(whole) : -2])
         return averaged[-1].tolist(), total
 
-    def _averaged(self, parts: list[Tensor], num_data: int) -> tuple[list[Tensor], int]:
+    def _averaged(self, parts: list[Tensor], num_data: int, like: Tensor) -> tuple[list[Tensor], int]:
         """Means of tensors over the processes, weighted by their number of data, flat, and the sum of these."""
-        like = parts[0].new_empty((), dtype=torch.promote_types(parts[0].dtype, torch.float32))
+        like = like.new_empty((), dtype=torch.promote_types(like.dtype, torch.float32))
         last = like.new_tensor([num_data, self._wants_stop])
         shared = torch.cat([*(part.detach().reshape(-1).to(like) for part in parts), last])
         shared[:-2].mul_(num_data)
@@ -275,6 +306,11 @@ class Processes:
 def _tensors(program: Program) -> dict[str, Tensor]:
     """Weights and buffers by name."""
     return {**dict(program.named_parameters()), **dict(program.named_buffers())}
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Its gradient, of zeros where it has none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _change(buffer: Tensor, before: Tensor) -> Tensor:

@@ -97,6 +97,8 @@ class Training:
 
     def __iter__(self) -> Iterator[Step]:
         self.processes.start_alike(self.program, self.batches.num_data)
+        if self.options.strategy == "fsdp":
+            self.processes.shard(self.optimizer)
         checked = False
         while self.step < self.total_steps:
             epoch, skip = divmod(self.step, len(self.batches))
@@ -124,7 +126,7 @@ class Training:
         loss, rate, distortion, num_data = self._averaged(beta, raw)
         if self.step == 0:
             self._check_parameters()
-        self._fabric_optimizer.step()
+        self.processes.step(self._fabric_optimizer.step)
         self.step += 1
         if self.scheduler is not None:
             self.scheduler.step()
@@ -175,7 +177,9 @@ class Training:
         for index, entry in self.optimizer.state_dict()["state"].items():
             for name, value in entry.items():
                 if value is not None:
-                    tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().clone().contiguous()
+                    tensors[f"optimizer.{index}.{name}"] = (
+                        torch.as_tensor(self.processes.whole(value)).detach().cpu().clone().contiguous()
+                    )
         tensors["rng.cpu"] = self.processes.gather(torch.get_rng_state())
         if self.fabric.device.type == "cuda":
             tensors["rng.cuda"] = self.processes.gather(torch.cuda.get_rng_state(self.fabric.device))
