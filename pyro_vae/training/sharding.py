@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 __all__ = ["Shards"]
 
 
-class Shards(nn.Module):
+class Shards:
     """Shards of a program's parameters, which `fully_shard` scatters and gathers, and which the optimizer works on.
 
     A Pyro program uses its parameters wherever it likes, and some estimators call backward themselves, so that no hook
@@ -39,14 +39,12 @@ class Shards(nn.Module):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, count: int):
-        super().__init__()
         self._mesh = init_device_mesh(device.type, (count,))
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.parameters_of_program = [p for p in parameters if p.dim() > 0 and p.dtype == parameters[0].dtype]
-        self._gathered = nn.ParameterList(self.parameters_of_program)
-        fully_shard(self, mesh=self._mesh)
-        self.set_reshard_after_backward(False)  # the program keeps its weights if the optimizer's step fails
-        self._shards = dict(zip(self.parameters_of_program, self._gathered, strict=True))
+        self._module: Any = fully_shard(_Parameters(self.parameters_of_program), mesh=self._mesh)
+        self._module.set_reshard_after_backward(False)  # the program keeps its weights if the optimizer's step fails
+        self._shards = dict(zip(self.parameters_of_program, self._module.parameters(), strict=True))
         # An optimizer computes with tensors of one kind, so that what stays whole is made of that kind too.
         self._copies = {p: nn.Parameter(self._replicated(p.detach())) for p in parameters if p not in self._shards}
         self._take_over(optimizer)
@@ -66,10 +64,6 @@ class Shards(nn.Module):
         for group in optimizer.param_groups:
             group["params"] = [(self._shards | self._copies)[parameter] for parameter in group["params"]]
 
-    def forward(self, gradients: list[Tensor | None]) -> Tensor:
-        """A number whose gradients by the gathered parameters are these, so that backward averages and scatters them."""
-        return _WithGradients.apply(gradients, *self._gathered)
-
     def step(self, optimizer_step: Callable[[], Any]) -> None:
         """Average the gradients of the program's parameters over the processes, and take a step with the averages.
 
@@ -83,23 +77,35 @@ class Shards(nn.Module):
         gradients = [parameter.grad for parameter in self.parameters_of_program]
         for parameter in self.parameters_of_program:
             parameter.grad = None  # else backward would copy them
-        self(gradients).backward()
+        self._module(gradients).backward()
         optimizer_step()
         for shard in self._shards.values():
             shard.grad = None
-        self.reshard()
+        self._module.reshard()
         self._gather()
 
     def _gather(self) -> None:
         """Make the program's parameters what the shards are."""
         try:
-            self.unshard()
+            self._module.unshard()
         except BaseException:  # the memory has been freed, and must not be read
             for parameter in self.parameters_of_program:
                 parameter.data = torch.full_like(parameter, torch.nan)
             raise
-        for parameter, gathered in zip(self.parameters_of_program, self._gathered, strict=True):
+        for parameter, gathered in zip(self.parameters_of_program, self._module.parameters(), strict=True):
             parameter.data = gathered.data
+
+
+class _Parameters(nn.Module):
+    """Parameters, which `fully_shard` replaces by their shards, or by what it has gathered of them."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        super().__init__()
+        self.all = nn.ParameterList(parameters)
+
+    def forward(self, gradients: list[Tensor | None]) -> Tensor:
+        """A number that has these gradients by the parameters, which backward averages and scatters."""
+        return _WithGradients.apply(gradients, *self.all)
 
 
 class _WithGradients(torch.autograd.Function):
