@@ -1,5 +1,6 @@
 """What the tests of many processes run in each of them: several fits, whose results go to files of each rank."""
 
+import operator
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 
 import pyro_vae
 
+MOMENTS = "exp_avg", "exp_avg_sq"  # of Adam
 LATENT, N = 2, 22  # in batches of 7, 7, 7 and 1: two processes have 3 and 4 of each, and of the last one none and 1
 
 
@@ -80,12 +82,41 @@ def results(fitted):
     return {**fitted.program.state_dict(), "figures": torch.tensor(figures)}
 
 
-def fit_all(folder, devices):
-    """As of one process: of data in memory and a global latent; of a data set, without one; and resumed."""
+class Backward(Trace_ELBO):
+    """Calls backward itself."""
+
+    def loss_and_grads(self, model, guide, *args):
+        loss = self.differentiable_loss(model, guide, *args)
+        loss.backward()
+        return loss.item()
+
+
+class Kept:
+    """AdamW, which can be looked at afterwards."""
+
+    def __call__(self, parameters, lr):
+        self.parameters, self.optimizer = list(parameters), torch.optim.AdamW(parameters, lr=lr)
+        return self.optimizer
+
+    def held(self):
+        """How many numbers of each parameter's shard, and of its state, this process holds."""
+        state = self.optimizer.state
+        return {
+            tuple(shard.shape): [tensor.to_local().numel() for tensor in (shard, *map(entry.get, MOMENTS))]
+            for shard, entry in state.items()
+        }
+
+
+def fit_all(folder, devices, kept):
+    """As of one process: of data in memory and a global latent; of a data set, without one; resumed; and in shards."""
     yield "memory", fit_given(folder / "memory", given(), given_data(), devices)
     dataset = torch.utils.data.TensorDataset(*given_data())
     yield "data set", fit_given(folder / "set", given(size=None), dataset, devices, lr_schedule="cosine")
     yield "resumed", fit_given(folder / "resumed", given(), given_data(), devices, resume=True)
+    sharded = {"strategy": "fsdp", "resume": True}
+    yield "resumed in shards", fit_given(folder / "resumed in shards", given(), given_data(), devices, **sharded)
+    sharded = {"strategy": "fsdp", "estimator": Backward(), "optimizer": kept}
+    yield "shards", fit_given(folder / "shards", given(), given_data(), devices, **sharded)
 
 
 class Drawing(Trace_ELBO):
@@ -133,8 +164,18 @@ def fail(folder, how):
         pyro_vae.fit(vae, data, batch_size=16, device="cpu", devices=2)
 
 
+def compile_in_shards(folder):
+    """A compiled step whose gradients go to shards."""
+    fitted = fit_given(folder / "compiled", given(), given_data(), 2, strategy="fsdp", compile=True)
+    torch.save(results(fitted), folder / f"rank{torch.distributed.get_rank()}.pt")
+
+
 def main(folder, devices):
-    found = {name: results(fitted) for name, fitted in fit_all(folder, devices)}
+    kept = Kept()
+    fits = dict(fit_all(folder, devices, kept))
+    found = {name: results(fitted) for name, fitted in fits.items()}
+    own = list(fits["shards"].program.parameters())
+    found["held"] = kept.held(), all(map(operator.is_, own, kept.parameters))
     fitted, drawn = fit_vae(folder, devices)
     found["vae"] = {**results(fitted), "valid": torch.tensor(fitted.history.valid_elbo.to_numpy())}
     torch.save((found, drawn), folder / f"rank{torch.distributed.get_rank()}.pt")
@@ -143,5 +184,7 @@ def main(folder, devices):
 if __name__ == "__main__":
     if sys.argv[2].isdigit():
         main(Path(sys.argv[1]), int(sys.argv[2]))
+    elif sys.argv[2] == "compile":
+        compile_in_shards(Path(sys.argv[1]))
     else:
         fail(Path(sys.argv[1]), sys.argv[2])

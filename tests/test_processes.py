@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     given = processes_script.given(), processes_script.given_data()
     processes_script.fit_given(folder / "resumed", *given, 1, epochs=2)
+    shutil.copytree(folder / "resumed", folder / "resumed in shards")
     code, said = ended(start(SCRIPT, folder, 2, cwd=folder))
     assert code == 0, said
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)], said, folder
@@ -74,10 +76,12 @@ def one(two, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     given = processes_script.given(), processes_script.given_data()
     processes_script.fit_given(folder / "resumed", *given, 1, epochs=2)
-    return {name: processes_script.results(fitted) for name, fitted in processes_script.fit_all(folder, 1)}
+    shutil.copytree(folder / "resumed", folder / "resumed in shards")
+    fits = processes_script.fit_all(folder, 1, torch.optim.AdamW)
+    return {name: processes_script.results(fitted) for name, fitted in fits}
 
 
-@pytest.mark.parametrize("name", ["memory", "data set", "resumed"])
+@pytest.mark.parametrize("name", ["memory", "data set", "resumed", "resumed in shards", "shards"])
 def test_two_processes_find_what_one_does(one, two, name):
     """Weights, running means and figures, where the noise comes with the data: no false alarms.
 
@@ -89,6 +93,17 @@ def test_two_processes_find_what_one_does(one, two, name):
         for key, expected in one[name].items():
             tolerance = 1e-5 if key == "figures" else 1e-10  # Fabric gives figures in single precision
             torch.testing.assert_close(found[key], expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=key)
+
+
+def test_each_process_holds_its_shard(two):
+    """Half the rows of each parameter and of its moments, of those that have rows; exact.
+
+    The program has its own parameters, whole, in the end.
+    """
+    for found, _ in two[0]:
+        held, same = found["held"]
+        assert held == {(2, 3): [3] * 3, (): [1] * 3, (4, 3): [6] * 3, (4,): [2] * 3}
+        assert same
 
 
 def test_processes_draw_noise_of_their_own(two):
@@ -124,6 +139,17 @@ def test_one_process_resumes_what_two_have_begun(two):
     assert fitted.history.step.tolist() == [3, 6, 9, 12, 15]
     assert torch.equal(torch.tensor(fitted.history.valid_elbo[:4].to_numpy()), found[0][0]["vae"]["valid"])
     assert [len(z) for z in drawn] == [16, 16, 8]
+
+
+def test_one_process_resumes_what_two_have_begun_in_shards(two, tmp_path):
+    """The checkpoint has the whole of the optimizer's state: no false alarms."""
+    given = processes_script.given_data(), 1
+    options = {"estimator": processes_script.Backward(), "epochs": 7}
+    resumed = processes_script.fit_given(two[2] / "shards", processes_script.given(), *given, resume=True, **options)
+    alone = processes_script.fit_given(tmp_path / "alone", processes_script.given(), *given, **options)
+    expected = alone.program.state_dict()
+    for name, tensor in resumed.program.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-10, atol=1e-10, equal_nan=True, msg=name)
 
 
 def shares(source, count, **options):
@@ -179,8 +205,11 @@ def test_a_global_latent_needs_the_number_of_data():
     [
         ({"devices": 0}, "expected positive devices and num_nodes, got devices=0"),
         ({"device": "cuda:1", "devices": 2}, "device: expected cuda for 2 processes, got cuda:1"),
-        ({"strategy": "fsdp", "devices": 2}, "strategy: .*FSDP.*; expected ddp"),
-        ({"strategy": "dp"}, "strategy: expected one of auto, ddp, got 'dp'"),
+        (
+            {"strategy": "fsdp", "devices": 2, "precision": "16-mixed"},
+            "precision: expected bf16-mixed for strategy fsdp, got 16-mixed",
+        ),
+        ({"strategy": "dp"}, "strategy: expected one of auto, ddp, fsdp, got 'dp'"),
     ],
 )
 def test_what_cannot_be_asked_for(options, message):
@@ -192,6 +221,7 @@ FIT = ("-m", "pyro_vae", "fit", "--device", "cpu", "--num-particles", 2, "--vali
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
     ("sent", "code", "line"),
     [
@@ -199,9 +229,9 @@ FIT = ("-m", "pyro_vae", "fit", "--device", "cpu", "--num-particles", 2, "--vali
         (signal.SIGINT, 130, "pyro-vae: interrupted; go on with: pyro-vae fit --resume --out run"),
     ],
 )
-def test_what_ends_one_process_ends_all(sent, code, line, tmp_path):
+def test_what_ends_one_process_ends_all(sent, code, line, strategy, tmp_path):
     """Within seconds, with one line; and what was written is whole."""
-    main = start(*FIT, "--devices", 2, "--epochs", 10**6, cwd=tmp_path)
+    main = start(*FIT, "--devices", 2, "--strategy", strategy, "--epochs", 10**6, cwd=tmp_path)
     wait_for(tmp_path / "run" / runs.HISTORY, main)
     (child,) = Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split()
     os.kill(int(child), sent)
@@ -231,9 +261,22 @@ def test_errors_name_the_process(how, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_and_another_number_of_processes(tmp_path):
+def test_a_compiled_step_in_shards(one, tmp_path):
+    """It gives the weights of one process: no false alarms."""
+    code, said = ended(start(SCRIPT, tmp_path, "compile", cwd=tmp_path))
+    assert code == 0, said
+    assert "not compiled" not in said
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"rank{rank}.pt")
+        for key, expected in one["memory"].items():
+            torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=1e-8, equal_nan=True, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_torchrun_and_another_number_of_processes(strategy, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    code, said = ended(start(*torchrun, *FIT, "--epochs", 2, cwd=tmp_path))
+    code, said = ended(start(*torchrun, *FIT, "--epochs", 2, "--strategy", strategy, cwd=tmp_path))
     assert code == 0, said
     assert said.count("run directory") == 1
     assert said.count("test data, nats per datum") == 1

@@ -23,7 +23,7 @@ class Shards:
     of one process; those are then averaged and scattered. What there is once in all, and not in every process, are the
     averaged gradients and the optimizer's state (stage 2 of Rajbhandari et al.).
 
-    Parameters without rows, or of another dtype than the first, are not worth a shard, and stay whole.
+    Parameters that have no rows, or not in the order of memory, or another dtype than the first, stay whole.
 
     Args:
         optimizer: The optimizer of the program's parameters, and from here on of their shards.
@@ -41,10 +41,15 @@ class Shards:
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, count: int):
         self._mesh = init_device_mesh(device.type, (count,))
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.parameters_of_program = [p for p in parameters if p.dim() > 0 and p.dtype == parameters[0].dtype]
-        self._module: Any = fully_shard(_Parameters(self.parameters_of_program), mesh=self._mesh)
+        self.parameters_of_program = [
+            p for p in parameters if p.dim() > 0 and p.is_contiguous() and p.dtype == parameters[0].dtype
+        ]
+        if not self.parameters_of_program:
+            raise ValueError("strategy: expected parameters with rows to share under fsdp, got none; use ddp")
+        self._gathered = _Parameters(self.parameters_of_program)
+        self._module = fully_shard(self._gathered, mesh=self._mesh)
         self._module.set_reshard_after_backward(False)  # the program keeps its weights if the optimizer's step fails
-        self._shards = dict(zip(self.parameters_of_program, self._module.parameters(), strict=True))
+        self._shards = dict(zip(self.parameters_of_program, self._gathered.all, strict=True))
         # An optimizer computes with tensors of one kind, so that what stays whole is made of that kind too.
         self._copies = {p: nn.Parameter(self._replicated(p.detach())) for p in parameters if p not in self._shards}
         self._take_over(optimizer)
@@ -77,7 +82,7 @@ class Shards:
         gradients = [parameter.grad for parameter in self.parameters_of_program]
         for parameter in self.parameters_of_program:
             parameter.grad = None  # else backward would copy them
-        self._module(gradients).backward()
+        self._gathered(gradients).backward()
         optimizer_step()
         for shard in self._shards.values():
             shard.grad = None
@@ -92,7 +97,7 @@ class Shards:
             for parameter in self.parameters_of_program:
                 parameter.data = torch.full_like(parameter, torch.nan)
             raise
-        for parameter, gathered in zip(self.parameters_of_program, self._module.parameters(), strict=True):
+        for parameter, gathered in zip(self.parameters_of_program, self._gathered.all, strict=True):
             parameter.data = gathered.data
 
 
