@@ -79,10 +79,10 @@ class Shards:
         """
         for parameter, copy in self._copies.items():
             copy.grad = None if parameter.grad is None else self._replicated(parameter.grad)
-        gradients = [parameter.grad for parameter in self.parameters_of_program]
+        zero = self._gathered([parameter.grad for parameter in self.parameters_of_program])
         for parameter in self.parameters_of_program:
-            parameter.grad = None  # else backward would copy them
-        self._gathered(gradients).backward()
+            parameter.grad = None  # as backward copies what it is not the only one to hold
+        zero.backward()
         optimizer_step()
         for shard in self._shards.values():
             shard.grad = None
@@ -123,5 +123,5 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, _: Tensor) -> Any:
-        gradients = context.gradients
-        return None, *gradients
+        gradients, context.gradients = (None, *context.gradients), None
+        return gradients
