@@ -97,9 +97,9 @@ def fit(
             is not to be done by each of them stands under `if torch.distributed.get_rank() == 0`. `torchrun` says
             itself how many there are.
         num_nodes: Machines.
-        strategy: "auto" or "ddp", which are the same: weights and optimizer are in every process; or "fsdp", under which
-            each holds a shard of the optimizer's state and of the averaged gradients. Between steps the weights are
-            whole, and the program's own; what else than training changes them between steps is not kept.
+        strategy: "auto" or "ddp", which are the same: weights and optimizer are in every process; or "fsdp": each has
+            a shard of the optimizer's state and of the averaged gradients, while the program's own parameters are
+            whole between steps. Changes by hand, made to them between steps, are then overwritten.
         seed: Seed of all random numbers; None goes on from the current state.
         start_at_mean: Whether to set the likelihood's output bias from the data's mean first. It saves the first
             epochs, in which many latents are otherwise lost for good.
