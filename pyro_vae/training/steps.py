@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Training:
         self.objective = _Objective(program, self.options.estimator)
         self._fabric_objective = self.fabric.setup_module(self.objective)
         order_seed = seed if seed is not None else int(torch.randint(2**31, ()))
-        self.batches = Batches(data, program, self.options.batch_size, order_seed)
+        self.batches = Batches(data, program, self.options.batch_size, order_seed, self.options.num_workers)
         check(program, self.batches)
         if self.options.start_at_mean:
             _start_at_mean(program, self.batches)
@@ -103,7 +103,13 @@ class Training:
         self.annealed: list[Any] = [each for each in following if hasattr(each, "set_progress")]
         self.step = 0
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Generator[Step]:
+        try:
+            yield from self._steps()
+        finally:
+            self.batches.close()
+
+    def _steps(self) -> Iterator[Step]:
         checked = False
         while self.step < self.total_steps:
             epoch, skip = divmod(self.step, len(self.batches))
@@ -264,7 +270,7 @@ def steps(program: Program, data: Any, **options: Any) -> Iterator[Step]:
     Args:
         program: The program.
         data: Tensor, array, `(x, y)` pair, `Dataset` or `DataLoader`.
-        **options: The arguments of `fit` from `estimator` to `start_at_mean`.
+        **options: The arguments of `fit` from `estimator` to `num_workers`.
 
     Yields:
         A `Step`.
