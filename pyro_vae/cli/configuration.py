@@ -9,9 +9,9 @@ from pyro_vae import runs
 
 __all__ = ["DATA", "expanded"]
 
-DATA = ("data", "data_root", "binarize", "dequantize", "labels", "valid", "test", "data_seed")
+DATA = ("data", "data_root", "binarize", "dequantize", "labels", "valid", "test", "data_seed", "in_memory")
 _FIT = ("program", "estimator", "anneal", "epochs", "batch_size", "lr", "optimizer", "lr_schedule", "device")
-_CONFIGURED = (*DATA, *_FIT, "precision", "seed", "start_at_mean", "recorded")
+_CONFIGURED = (*DATA, *_FIT, "precision", "seed", "start_at_mean", "num_workers", "recorded")
 
 
 def expanded(arguments: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.sets import CELLS, Served, as_tensor, check_grid, check_noise, check_unit, to_float
+from pyro_vae.data.sets import CELLS, InMemory, Served, as_tensor, check_grid, check_noise, check_unit, to_float
 
 __all__ = ["OnDisk", "is_on_disk"]
 
@@ -150,7 +150,19 @@ class OnDisk(Served):
 
     def frozen(self, seed: int) -> OnDisk:
         """The same data with all that is random in them fixed by `seed`, so that two evaluations agree."""
-        return self._with(redrawn=False, noise_seed=seed) if self.redrawn else self
+        if not self.redrawn:
+            return self
+        return self._with(redrawn=False, noise_seed=seed, binarize=self.binarize and "static")
+
+    def loaded(self) -> InMemory:
+        """The same data in memory, for what is small enough.
+
+        Raises:
+            ValueError: If they are not what `InMemory` takes.
+        """
+        x, *y = self.read(torch.arange(len(self)))
+        data = InMemory(x, y[0] if y else None, source=self.source)
+        return data._with(binarize=self.binarize, dequantize=self.dequantize, redrawn=self.redrawn)
 
     def select(self, rows: Any) -> OnDisk:
         """The data of these rows, a slice or a tensor of indices, of which only the indices are kept."""

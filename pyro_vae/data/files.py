@@ -16,7 +16,7 @@ from pyro_vae.data.tables import is_table, with_categories
 __all__ = ["read_digits", "read_file", "read_torchvision"]
 
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
-SUFFIXES = (".npy", ".npz", ".zarr", ".csv", ".parquet")
+SUFFIXES = (".npy", ".npz", ".csv", ".parquet", ".zarr")
 MEMORY_SHARE = 0.25  # of the machine's memory: a file of more stays on disk, as its splits are another copy
 
 

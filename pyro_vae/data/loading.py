@@ -41,8 +41,9 @@ def load(
 
     Names are `digits` (scikit-learn's 1,797 handwritten digits of 8 x 8), `mnist` and `fashion_mnist` (torchvision's,
     downloaded when missing). Files are `.npy` (an array), `.npz` (arrays `x` or `images` and perhaps `y` or `labels`;
-    or one array of any name), `.zarr` (an array, or a group like an `.npz` file), `.csv` and `.parquet` (a table, whose text and categories become codes). Images of shape
-    `(N, height, width)` get a channel axis. What has no test split of its own is split at random, by `seed`.
+    or one array of any name), `.csv` and `.parquet` (a table, whose text and categories become codes), and `.zarr` (an
+    array, or a group like an `.npz` file). Images of shape `(N, height, width)` get a channel axis. What has no test
+    split of its own is split at random, by `seed`.
 
     Args:
         data: Name or path.

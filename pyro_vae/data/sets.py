@@ -49,6 +49,7 @@ class Served(Dataset):
         return ((x * (bins - 1)).round() + (cells.to(x.dtype) + 0.5) / CELLS) / bins
 
     def _with(self, **changed: Any) -> Any:
+        """The same data with some attributes changed."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, **changed)
         return other
@@ -186,6 +187,10 @@ class InMemory(Served):
     def to(self, device: torch.device) -> InMemory:
         """The same data on a device."""
         return self._with(x=self.x.to(device), y=None if self.y is None else self.y.to(device))
+
+    def loaded(self) -> InMemory:
+        """The same data in memory, where these are."""
+        return self
 
     def select(self, rows: Any) -> InMemory:
         """The data of these rows, a slice or a tensor of indices.
