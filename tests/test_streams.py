@@ -44,7 +44,7 @@ def equal(first, second):
     )
 
 
-def mapped(path, x):
+def mapped(path, x, chunk=None):
     np.save(path, x)
     return np.load(path, mmap_mode="r")
 
@@ -95,7 +95,7 @@ def test_batches_are_those_of_the_same_data_in_memory(store, images, dtype):
     on_disk = Batches((store(x), y), Conditional(), 8, seed=3, num_workers=2)
     in_memory = Batches((x, y), Conditional(), 8, seed=3)
     assert isinstance(on_disk.source, OnDisk)
-    for epoch, skip in ((0, 0), (1, 0), (1, 2), (1, 7)):
+    for epoch, skip in ((0, 0), (1, 0), (1, 2), (1, 6)):
         assert same(on_disk.epoch(epoch, skip), in_memory.epoch(epoch, skip))
     on_disk.seed = in_memory.seed = None
     assert same(on_disk.epoch(0), in_memory.epoch(0))
@@ -144,22 +144,20 @@ def test_training_and_evaluation_are_those_of_the_same_data_in_memory(store, zer
 # In blocks
 
 
-@pytest.mark.parametrize("put", [mapped, chunked])
-def test_blocks_are_mixed_within_windows(tmp_path, put):
-    """A window of 200 of 10,000 data has rows of at most 200 / 4 + 2 blocks, where all rows at random touch 200.
+def test_blocks_are_mixed_within_windows(store):
+    """Of 2,000 data a window of 200 holds 50 blocks of 4 (of a map) or 20 of 10 (chunks), and one that it ends within.
 
-    An epoch is a permutation all the same, as is what is left of it after some batches.
+    All rows at random would make about 180 runs. An epoch is a permutation all the same, as is what is left of it after
+    some batches; and the rows of a window are out of order, of which 1 in 200 follows its neighbour by chance.
     """
-    x = np.arange(10_000.0, dtype="float32")[:, None]
-    data = OnDisk(put(tmp_path / "x", x) if put is chunked else put(tmp_path / "x.npy", x), window=200)
-    program = pyro_vae.build((1,), latent=1)
-    batches = Batches(data, program, 10, seed=0)
+    data = OnDisk(store(np.arange(2000.0, dtype="float32")[:, None], chunk=10), window=200)
+    batches = Batches(data, pyro_vae.build((1,), latent=1), 10, seed=0)
     epochs = [torch.cat([x for (x,) in batches.epoch(epoch)]).flatten() for epoch in (0, 1)]
     for rows in epochs:
-        assert torch.equal(rows.sort().values, torch.arange(10_000.0))
-        steps = [window.sort().values.diff() for window in rows.split(200)]
-        assert sum((each > 1).sum() for each in steps) < 50 * 52
-        assert (rows.split(200)[0].diff() != 1).float().mean() > 0.9  # and are out of order
+        assert torch.equal(rows.sort().values, torch.arange(2000.0))
+        for window in rows.split(200):
+            assert (window.sort().values.diff() > 1).sum() <= (51 if isinstance(data.x, np.memmap) else 21)
+            assert (window.diff() != 1).float().mean() > 0.9
     assert not torch.equal(*epochs)
     rest = torch.cat([x for (x,) in batches.epoch(1, skip=33)]).flatten()
     assert torch.equal(rest, epochs[1][330:])
@@ -194,7 +192,7 @@ def test_defaults_of_the_window(tmp_path, monkeypatch):
 
 
 def test_no_more_is_read_than_is_asked_for(store, monkeypatch):
-    data = OnDisk(store(np.zeros((2000, 16), "float32"), **{}), window=100)
+    data = OnDisk(store(np.zeros((2000, 16), "float32"), chunk=50), window=100)
     read = []
     take = OnDisk.read
     monkeypatch.setattr(OnDisk, "read", lambda self, places, num=2: read.append(len(places)) or take(self, places, num))
@@ -423,7 +421,7 @@ class Stream(IterableDataset):
         return self.length
 
     def __iter__(self):
-        assert (get_worker_info() or self).__dict__.get("num_workers", 1) == 1
+        assert get_worker_info() is None or get_worker_info().num_workers == 1  # others would read the same again
         return iter(self.x)
 
 

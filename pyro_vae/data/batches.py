@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_vae.data.disk import OnDisk, is_on_disk
 from pyro_vae.data.loading import Splits
-from pyro_vae.data.reading import Plan, loader, read_ahead
+from pyro_vae.data.reading import Plan, end, loader, read_ahead
 from pyro_vae.data.sets import InMemory, Served, to_float
 from pyro_vae.programs import MANY, Program, num_inputs, placement
 
@@ -116,11 +116,11 @@ class Batches:
     def _read(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, ...]]:
         """Batches of data on disk. Rows are read in their order in the file, many batches' at once."""
         size = self.source.part(self.batch_size, shuffled=self.seed is not None)
-        parts = [part.sort() for part in self._order(epoch)[skip * self.batch_size :].split(size)]
+        parts = self._order(epoch)[skip * self.batch_size :].split(size)
 
-        def read(part: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-            tensors = self.source.read(part.values, self.num_inputs)
-            return part.indices.argsort(), tuple(map(self._pinned, tensors))
+        def read(part: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            rising, order = part.sort()
+            return order.argsort(), tuple(map(self._pinned, self.source.read(rising, self.num_inputs)))
 
         for places, tensors in read_ahead(read, parts, max(1, self.num_workers)):
             for batch in places.split(self.batch_size):
@@ -158,6 +158,7 @@ class Batches:
 
     def close(self) -> None:
         """End the processes that read, if there are any; another epoch starts them anew."""
+        end(self._started_loader)
         self._started_loader = None
 
     def prepare(self, *raw: Tensor) -> tuple[Tensor, ...]:

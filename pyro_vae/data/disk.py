@@ -224,14 +224,15 @@ def _taken(array: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def _by_chunk(array: Any, rows: np.ndarray) -> np.ndarray:
-    """Rows of a chunked array, in rising order: of each chunk (or 1 MiB of small ones) the stretch that they span.
+    """Rows of a chunked array, in rising order: of neighbouring chunks, 1 MiB at a time, the stretch that they span.
 
     That costs half of what Zarr's own indexing by rows does, which looks at each row.
     """
     taken = np.empty((len(rows), *array.shape[1:]), array.dtype)
     chunk = array.chunks[0]
     stretch = max(1, _PART // max(1, chunk * taken[:1].nbytes)) * chunk
-    starts = np.flatnonzero(np.diff(rows // stretch, prepend=-1))
+    apart = (np.diff(rows // chunk, prepend=-2) > 1) | (np.diff(rows // stretch, prepend=-1) > 0)
+    starts = np.flatnonzero(apart)
     for start, end in itertools.pairwise([*starts.tolist(), len(rows)]):
         first, last = int(rows[start]), int(rows[end - 1])
         taken[start:end] = array[first : last + 1][rows[start:end] - first]

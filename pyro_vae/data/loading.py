@@ -136,7 +136,7 @@ def _split(
         taken = x.iloc[rows.numpy()] if is_table(x) else x[rows]
         return made(taken, None if y is None else y[rows], stream)
 
-    train, valid_rows, test_rows = order.split([len(x) - num_valid - num_test, num_valid, num_test])
+    train, valid_rows, test_rows = order.split([num_data - num_valid - num_test, num_valid, num_test])
     valid_data = part(valid_rows, 1).frozen(seed + 1) if num_valid else None
     test_data = part(test_rows, 2) if held is None else made(*held, 2)
     return Splits(part(train, 0), valid_data, test_data.frozen(seed + 2))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-__all__ = ["Plan", "loader", "read_ahead"]
+__all__ = ["Plan", "end", "loader", "read_ahead"]
 
 Part = TypeVar("Part")
 Read = TypeVar("Read")
@@ -58,6 +58,13 @@ def loader(data: Any, device: torch.device, num_workers: int, seed: int, **batch
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def end(loader: DataLoader | None) -> None:
+    """End the workers of a loader, whoever still holds it: the traceback of an error does."""
+    shut_down = getattr(getattr(loader, "_iterator", None), "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
 
 
 def _ignore_interrupts(worker: int) -> None:
