@@ -44,7 +44,8 @@ def write(folder, gigabytes, chunk):
         arrays.append(zarr.create_array(paths["zarr"], shape=arrays[0].shape, chunks=chunks, dtype="uint8"))
     for start in range(0, num_data, chunk):
         shape = (min(chunk, num_data - start), *SHAPE)
-        images = np.where(generator.random(shape, dtype="float32") < 0.19, generator.integers(256, size=shape), 0)
+        ink, grey = generator.integers(256, size=(2, *shape), dtype="uint8")
+        images = np.where(ink < 48, grey, np.uint8(0))
         for array in arrays:
             array[start : start + chunk] = images
     return paths

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_vae.data.disk import OnDisk, is_on_disk
 from pyro_vae.data.loading import Splits
-from pyro_vae.data.reading import Plan, end, loader, read_ahead
+from pyro_vae.data.reading import Plan, end, loader, no_interrupts, read_ahead
 from pyro_vae.data.sets import InMemory, Served, to_float
 from pyro_vae.programs import MANY, Program, num_inputs, placement
 
@@ -128,7 +128,8 @@ class Batches:
 
     def _streamed(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, ...]]:
         """Batches of a loader, the user's or our own."""
-        batches, left = self._started(epoch, skip), len(self) - skip
+        with no_interrupts():
+            batches, left = self._started(epoch, skip), len(self) - skip
         for batch in batches:
             yield self._tensors(batch)
             left -= 1

@@ -6,13 +6,14 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-__all__ = ["Plan", "end", "loader", "read_ahead"]
+__all__ = ["Plan", "end", "loader", "no_interrupts", "read_ahead"]
 
 Part = TypeVar("Part")
 Read = TypeVar("Read")
@@ -67,6 +68,21 @@ def end(loader: DataLoader | None) -> None:
         shut_down()
 
 
+@contextmanager
+def no_interrupts() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach; one that comes meanwhile reaches this one afterwards.
+
+    Ctrl-C goes to all processes of a terminal, and the step that is to be finished first still needs its batch.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C goes to all processes of a terminal; the step that is to be finished first still needs its batch.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as well, where there is no mask to start with
