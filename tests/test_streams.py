@@ -251,6 +251,7 @@ def test_load_keeps_a_file_on_disk(tmp_path, images, name):
         assert isinstance(other, InMemory)
         assert part.event_shape == other.event_shape == (1, 4, 4)
         assert is_on_disk(part.x)
+        assert (part.rows.diff() > 0).all()
         assert torch.equal(part[:].flatten(1).unique(dim=0), other[:].flatten(1).unique(dim=0))  # in another order
         assert torch.equal(part.loaded()[:], part[:])
     assert on_disk.train.source["in_memory"] is False
@@ -357,9 +358,9 @@ def test_what_does_not_suit_raises_when_it_is_read(store, bad, options, message)
 
 
 def test_grey_after_zeros_and_ones(store, monkeypatch, zeros_and_ones):
-    monkeypatch.setattr(disk, "_FIRST", 16 * 20)
+    monkeypatch.setattr(disk, "_LOOKED_AT", 5)  # data 0, 13, 26, 39 and 52
     zeros_and_ones[40] = 255
-    with pytest.raises(ValueError, match="expected 0 and 1, which the first data are of, got 255"):
+    with pytest.raises(ValueError, match="expected 0 and 1, as in 5 data looked at, got 255"):
         list(Batches(store(zeros_and_ones), make(), 10).epoch(0))
 
 

@@ -20,7 +20,7 @@ _WINDOW = 2**26  # bytes
 _BLOCKS = 64  # in a window, of about 1 MiB, which a disk reads as fast as it reads at all
 _WHOLE = 2**34  # bytes of a memory map that is shuffled whole, as the system's page cache mostly holds it
 _PART = 2**20  # bytes that are read at once of such a one
-_FIRST = 2**24  # bytes that are looked at to tell images of 0 and 1 from grey ones
+_LOOKED_AT = 64  # data, from all over the file, that tell images of 0 and 1 from grey ones
 
 
 class OnDisk(Served):
@@ -89,10 +89,11 @@ class OnDisk(Served):
         self._look()
 
     def _look(self) -> None:
-        """Whether the first data are 0 and 1 alone, and whether they are grey."""
-        first = as_tensor(_taken(self.x, np.arange(min(self.x.shape[0], max(1, _FIRST // self._datum())))))
-        self.bits = first.dtype == torch.uint8 and int(first.max()) <= 1
-        values = first.bool() if self.bits else to_float(first)
+        """Whether some of the data are 0 and 1 alone, and whether they are grey."""
+        rows = np.unique(np.linspace(0, self.x.shape[0] - 1, _LOOKED_AT).astype(np.int64))
+        some = as_tensor(_taken(self.x, rows))
+        self.bits = some.dtype == torch.uint8 and int(some.max()) <= 1
+        values = some.bool() if self.bits else to_float(some)
         unit = bool(((values >= 0) & (values <= 1)).all())
         inside = unit and bool(((values > 0) & (values < 1)).any())
         self.grey = self.binarize is None and (self.dequantize is not None or inside)
@@ -131,7 +132,7 @@ class OnDisk(Served):
             raise ValueError(f"data: expected finite values, got NaN or infinity in datum {rows[~finite.numpy()][0]}")
         if self.bits:
             if x.max() > 1:
-                raise ValueError(f"data: expected 0 and 1, which the first data are of, got {int(x.max())}")
+                raise ValueError(f"data: expected 0 and 1, as in {_LOOKED_AT} data looked at, got {int(x.max())}")
             x = x.bool()
         if self.dequantize is not None:
             check_grid(x, self.dequantize)
