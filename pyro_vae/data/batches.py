@@ -120,7 +120,8 @@ class Batches:
 
         def read(part: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             rising, order = part.sort()
-            return order.argsort(), tuple(map(self._pinned, self.source.read(rising, self.num_inputs)))
+            tensors = self.source.read(rising, self.num_inputs)
+            return order.argsort().to(self.device), tuple(tensor.to(self.device) for tensor in tensors)
 
         for places, tensors in read_ahead(read, parts, max(1, self.num_workers)):
             for batch in places.split(self.batch_size):
@@ -128,33 +129,32 @@ class Batches:
 
     def _streamed(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, ...]]:
         """Batches of a loader, the user's or our own."""
-        with no_interrupts():
-            batches, left = self._started(epoch, skip), len(self) - skip
-        for batch in batches:
+        ours = not isinstance(self.source, DataLoader)
+        left = len(self) - skip
+        if ours and not isinstance(self.source, IterableDataset):  # what is skipped is not read
+            self._plan.batches = self._order(epoch).split(self.batch_size)[skip:]
+            skip = 0
+        source = self._loader(epoch) if ours else self.source
+        # What is skipped was drawn before the checkpoint, whose random state must not be touched again.
+        with torch.random.fork_rng([], enabled=skip > 0):
+            with no_interrupts():
+                started = iter(source)
+            rest = itertools.islice(started, skip, skip + left)
+            first = list(itertools.islice(rest, 1)) if skip else []
+        for batch in itertools.chain(first, rest):
             yield self._tensors(batch)
             left -= 1
         if left > 0:
             raise ValueError(f"data: expected {len(self)} batches in an epoch, as its length says, got {left} fewer")
 
-    def _started(self, epoch: int, skip: int) -> Iterator[Any]:
-        """What a loader gives in an epoch, without the first `skip` batches."""
-        if isinstance(self.source, Dataset) and not isinstance(self.source, IterableDataset):
-            self._plan.batches = self._order(epoch).split(self.batch_size)[skip:]
-            return iter(self._loader(epoch, self.num_workers, batch_sampler=self._plan))
-        loader = self.source
-        if not isinstance(loader, DataLoader):
-            loader = self._loader(epoch, min(self.num_workers, 1), batch_size=self.batch_size)
-        if skip == 0:
-            return itertools.islice(loader, len(self))
-        # What is skipped was drawn before the checkpoint, whose random state must not be touched again.
-        with torch.random.fork_rng([]):
-            rest = itertools.islice(loader, skip, len(self))
-            first = list(itertools.islice(rest, 1))
-        return itertools.chain(first, rest)
-
-    def _loader(self, epoch: int, num_workers: int, **batches: Any) -> DataLoader:
+    def _loader(self, epoch: int) -> DataLoader:
+        """Our loader of a `Dataset`, the same one in every epoch."""
         if self._started_loader is None:
-            self._started_loader = loader(self.source, self.device, num_workers, self._state(epoch), **batches)
+            if isinstance(self.source, IterableDataset):
+                how: dict[str, Any] = {"num_workers": min(self.num_workers, 1), "batch_size": self.batch_size}
+            else:
+                how = {"num_workers": self.num_workers, "batch_sampler": self._plan}
+            self._started_loader = loader(self.source, self.device, self._state(epoch), **how)
         return self._started_loader
 
     def close(self) -> None:
@@ -191,10 +191,6 @@ class Batches:
     def _state(self, epoch: int) -> int:
         """Seed of an epoch."""
         return int(np.random.SeedSequence((self.seed or 0, epoch)).generate_state(1)[0])
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        """In memory from which a copy to the device need not be waited for."""
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _tensors(self, batch: Any) -> tuple[Tensor, ...]:
         """What a stream gave, checked and on the device."""

@@ -48,7 +48,7 @@ class Plan:
         return (rows.tolist() for rows in self.batches)
 
 
-def loader(data: Any, device: torch.device, num_workers: int, seed: int, **batches: Any) -> DataLoader:
+def loader(data: Any, device: torch.device, seed: int, num_workers: int, **batches: Any) -> DataLoader:
     """A `DataLoader` whose workers stay from epoch to epoch, and which draws nothing from the global random state."""
     return DataLoader(
         data,
