@@ -122,6 +122,14 @@ def test_evidence_and_its_error():
     assert 0.7 < found.acceptance.mean() < 0.9
 
 
+def test_errors_and_sizes_are_those_of_the_mean_weight():
+    weights, acceptance = torch.rand(5, 3, dtype=torch.float64), torch.ones(3)
+    found = annealed._annealed(weights.log() - 1000, acceptance)
+    torch.testing.assert_close(found.log_evidence, weights.mean(0).log() - 1000)
+    torch.testing.assert_close(found.error, weights.std(0) / 5**0.5 / weights.mean(0))
+    torch.testing.assert_close(found.ess, weights.sum(0) ** 2 / weights.square().sum(0))
+
+
 def test_two_sites():
     """Mean of 200 data within 0.05 nats, four standard errors are less (seed 0); the guide is off and takes no part."""
     program, x = TwoSites(), 2 * torch.randn(200, 2, dtype=torch.float64)
@@ -184,9 +192,9 @@ def test_what_cannot_be_done_is_refused():
     x = torch.ones(3, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected continuous latents, got Categorical at site 'z'"):
         evaluation.log_likelihood(Mixture(), x, method="ais")
-    with pytest.raises(ValueError, match="num_chains: expected a positive number, got 0"):
+    with pytest.raises(ValueError, match="num_chains: expected a whole number, at least 1, got 0"):
         evaluation.log_likelihood(TwoSites(), x, 0, method="ais")
-    with pytest.raises(ValueError, match="num_temperatures: expected a positive number, got -1"):
+    with pytest.raises(ValueError, match="num_temperatures: expected a whole number, at least 1, got -1"):
         bidirectional(TwoSites(), 3, x, num_temperatures=-1)
     with pytest.raises(ValueError, match="TwoSites: expected like="):
         bidirectional(TwoSites(), 3)

@@ -207,9 +207,9 @@ def test_the_shape_of_the_data():
     assert hierarchy.names == ("z2[0]", "z2[1]", "z1[0]", "z1[1]", "z1[2]", "z1[3]")
     with pytest.raises(ValueError, match="TwoLatents: expected a program of x alone with .*event_shape.*like=x"):
         diagnostics.calibration(TwoLatents(), 20)
-    with pytest.raises(ValueError, match="expected positive whole numbers of data and draws, got num=0"):
+    with pytest.raises(ValueError, match="num: expected a whole number, at least 1, got 0"):
         diagnostics.calibration(vae, 0)
-    with pytest.raises(ValueError, match="expected positive whole numbers of data and draws, got num=100.0"):
+    with pytest.raises(ValueError, match="num: expected a whole number, at least 1, got 100.0"):
         diagnostics.calibration(vae, 1e2)
 
 

@@ -641,3 +641,14 @@ def test_a_grid_of_another_size_is_named():
     vae = pyro_vae.build((3,), latent=2, likelihood="DiscretizedLogistic()")
     with pytest.raises(ValueError, match="on a grid of bins=5"):
         check(vae, Batches(torch.tensor([[0.0, 0.25, 1.0]]), vae, 1))
+
+
+def test_exposures_are_checked_with_the_data():
+    """In memory all of them, as later steps do without checks of values."""
+    vae = pyro_vae.build((4,), latent=2, likelihood="Poisson(exposure=True)")
+    x, exposure = torch.ones(5, 4), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    with pytest.raises(ValueError, match="exposure: expected values above 0, got 0"):
+        check(vae, Batches((x, exposure), vae, 2))
+    check(vae, Batches(TensorDataset(x, exposure), vae, 2))  # of a stream only the first batch is seen
+    with pytest.raises(ValueError, match="exposure: expected values above 0, got 0"):
+        check(vae, Batches(TensorDataset(x, exposure.flip(0)), vae, 2))

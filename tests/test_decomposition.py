@@ -222,5 +222,5 @@ def test_first_data_alone():
 
 @pytest.mark.parametrize("options", [{"num_samples": 0}, {"num_data": 0}, {"num_data": 2.5}])
 def test_numbers_are_positive_and_whole(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))}: expected a positive whole number, got "):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: expected a whole number, at least 1, got "):
         elbo_decomposition(LinearGaussian(), torch.zeros(3, 3, dtype=torch.float64), **options)

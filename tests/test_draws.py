@@ -8,8 +8,9 @@ from oracles import GlobalMean, LinearGaussian, Mixture, TwoLatents, TwoSites
 from pyro import poutine
 from torch import nn
 
-from pyro_vae.evaluation import LatentSpace, posterior_draws, predictive_draws, prior_draws
-from pyro_vae.evaluation.draws import check_observed, global_latents
+from pyro_vae.estimators.particles import global_latents
+from pyro_vae.evaluation import LatentSpace, posterior_draws, predictive_draws, prior_draws, sample
+from pyro_vae.evaluation.draws import check_observed
 from pyro_vae.programs import data_plate, undisturbed
 
 
@@ -199,6 +200,14 @@ def test_prior_draws_are_of_latents_alone():
     assert (drawn - 2 * latents["z"]).abs().max() < 0.6
     with pytest.raises(ValueError, match=r"alone, got \['factor', 'y'\] too"):
         check_observed(observed)
+
+
+def test_samples_are_at_what_follows_from_their_latents():
+    """A deterministic site has its value from the latents, and is not drawn; six standard deviations, seed 0."""
+    means, drawn = sample(Beside(), 50, (), seed=0)
+    assert means.shape == drawn.shape == (50,)
+    assert means.unique().numel() == 50
+    assert (drawn - means).abs().max() < 0.6
 
 
 class Totals(nn.Module):

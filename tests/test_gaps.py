@@ -255,9 +255,9 @@ def test_what_cannot_be_done_is_refused():
         parameter.requires_grad_(False)  # the model's are left
     with pytest.raises(ValueError, match="expected a guide with parameters to fit"):
         inference_gap(program, x)
-    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps: expected a whole number, at least 1, got 0"):
         inference_gap(ProbabilisticPCA(), x, steps=0)
-    with pytest.raises(ValueError, match="num_particles: expected at least 100, got 99"):
+    with pytest.raises(ValueError, match="num_particles: expected a whole number, at least 100, got 99"):
         inference_gap(ProbabilisticPCA(), x, num_particles=99)
     with pytest.raises(ValueError, match="num_chains: expected at least 2"):
         inference_gap(ProbabilisticPCA(), x, num_chains=1)

@@ -200,7 +200,7 @@ def test_seeds_and_nothing_left_behind():
     assert torch.equal(torch.get_rng_state(), state)
     assert vae.training
     for num_particles in (24, 1e3):
-        with pytest.raises(ValueError, match=f"num_particles: expected a whole number from 25 on.*got {num_particles}"):
+        with pytest.raises(ValueError, match=f"num_particles: expected .*, at least 25, got {num_particles}"):
             diagnostics.khat(vae, x, num_particles)
     with pytest.raises(ValueError, match="threshold: expected a number, got nan"):
         diagnostics.khat(vae, x, 50, threshold=math.nan)

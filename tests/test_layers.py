@@ -20,6 +20,7 @@ ORDER = [
     "estimators",
     "expressions",
     "catalogue",
+    "compilation",
     "data",
     "evaluation",
     "diagnostics",

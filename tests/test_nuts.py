@@ -221,7 +221,7 @@ def test_errors_come_before_the_work(monkeypatch):
     sphere = pyro_vae.build((8, 8), latent=3, prior="UniformSphere()", posterior="VonMisesFisher()")
     with pytest.raises(ValueError, match="expected latents that gradients can move freely, got Sphere"):
         diagnostics.nuts(sphere, torch.ones(1, 8, 8))
-    with pytest.raises(ValueError, match="num_chains: expected at least 2, got 1"):
+    with pytest.raises(ValueError, match="num_chains: expected a whole number, at least 2, got 1"):
         diagnostics.nuts(TwoLatents(), torch.ones(1, 8, 8), num_chains=1)
     program = TwoLatents()
     with pytest.raises(AssertionError, match="too late"):

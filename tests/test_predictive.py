@@ -8,9 +8,11 @@ import pytest
 import torch
 from oracles import GlobalMean, LinearGaussian, TwoLatents, TwoSites
 from torch import nn
+from torch.distributions import AffineTransform
 
 from pyro_vae import VAE, likelihoods, networks, plots, posteriors, priors
 from pyro_vae.diagnostics import PredictiveChecks, predictive, predictive_checks
+from pyro_vae.distributions import SoftBernoulli
 from pyro_vae.programs import declare_parameters
 
 
@@ -226,7 +228,9 @@ def test_parts_of_a_table_have_their_own_statistics():
         (dist.LogNormal(torch.zeros(3), 1.0), "continuous"),
         (dist.Bernoulli(torch.full((3,), 0.5)), "binary"),
         (likelihoods.Bernoulli(networks.MLP(2, 3), (3,))(torch.zeros(2)), "binary"),
+        (likelihoods.Autoregressive(networks.MLP(2, 16 * 9), (1, 3, 3))(torch.zeros(2)), "binary"),
         (likelihoods.ContinuousBernoulli(networks.MLP(2, 3), (3,))(torch.zeros(2)), "continuous"),
+        (dist.TransformedDistribution(SoftBernoulli(torch.full((3,), 0.5)), AffineTransform(0.0, 2.0)), "continuous"),
         (likelihoods.DiscretizedLogistic(networks.MLP(2, 6), (3,), bins=4)(torch.zeros(2)), "grid"),
         (dist.Binomial(3, torch.full((3,), 0.5)), "whole"),
         (dist.Categorical(torch.ones(3)), "whole"),

@@ -166,6 +166,28 @@ def test_sleep(scale):
     assert (exact.abs() > 4 * error).any()
 
 
+def test_dreams_follow_their_latents():
+    """Also by a deterministic site, which is not drawn: the dreams of one seed are then the same."""
+
+    class Named(Recognition):
+        def model(self, x):
+            declare_parameters(self)
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Categorical(logits=self.prior))
+                logits = pyro.deterministic("logits", self.logits[z])
+                pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    found, table = [], torch.randn(4, 3, dtype=torch.float64)
+    for program in (Recognition(), Named()):
+        program.table.data.copy_(table)
+        torch.manual_seed(0)
+        x = torch.zeros(20, 2, dtype=torch.float64)
+        loss = ReweightedWakeSleep(2, insomnia=0.0).differentiable_loss(program.model, program.guide, x)
+        found.append(torch.autograd.grad(loss, program.table)[0])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+    assert found[0].abs().max() > 0.1
+
+
 def test_wake_and_sleep_are_mixed():
     program = Recognition()
     x = torch.zeros(10, 2, dtype=torch.float64)

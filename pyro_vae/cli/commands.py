@@ -98,6 +98,7 @@ def fit(
         _option("Set the output bias from the data's mean first. [default: where the likelihood can]"),
     ] = None,
     num_workers: Annotated[int, _option("Threads that read a file that stays on disk (one at least).")] = 0,
+    compile: Annotated[bool | None, _option("Compile the training step, or do not. [default: where it pays]")] = None,
     out: Annotated[
         Path | None, _option("Run directory. [default: the first free of runs/DATA, runs/DATA-2, ...]")
     ] = None,
@@ -164,6 +165,7 @@ def fit(
         seed=seed,
         start_at_mean=_can_start_at_mean(built) if start_at_mean is None else start_at_mean,
         num_workers=num_workers,
+        compile="auto" if compile is None else compile,
         out=run,
         resume=resume,
         overwrite=overwrite,

@@ -11,7 +11,7 @@ __all__ = ["DATA", "expanded"]
 
 DATA = ("data", "data_root", "binarize", "dequantize", "labels", "valid", "test", "data_seed", "in_memory")
 _FIT = ("program", "estimator", "anneal", "epochs", "batch_size", "lr", "optimizer", "lr_schedule", "device")
-_CONFIGURED = (*DATA, *_FIT, "precision", "seed", "start_at_mean", "num_workers", "recorded")
+_CONFIGURED = (*DATA, *_FIT, "precision", "seed", "start_at_mean", "num_workers", "compile", "recorded")
 
 
 def expanded(arguments: list[str]) -> list[str]:
@@ -29,6 +29,8 @@ def expanded(arguments: list[str]) -> list[str]:
     if config.get("data") is None and _value_of("--data", arguments) is None:
         raise ValueError(f"{file} does not name the run's data; name them with --data")
     config.pop("recorded", None)
+    if config.get("compile") == "auto":  # the default, which no flag says
+        del config["compile"]
     given = [_flag(name.replace("_", "-"), value) for name, value in config.items() if value is not None]
     return ["fit", *given, *arguments[1:]]
 

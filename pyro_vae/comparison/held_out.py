@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from pyro_vae.comparison.left_out import LOW_SHARE
 from pyro_vae.comparison.measures import check_measures, measure
-from pyro_vae.comparison.trust import LOW_SHARE, threshold
 from pyro_vae.data import InMemory, OnDisk, as_source
 from pyro_vae.diagnostics import Verdict
-from pyro_vae.diagnostics.khat import FEWEST_PARTICLES, pareto_shapes, summed
+from pyro_vae.diagnostics.khat import FEWEST_PARTICLES, largest_shape, pareto_shapes, summed
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE
 from pyro_vae.estimators.particles import log_probabilities
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation import annealed_log_likelihood, checked_batches
+from pyro_vae.evaluation.annealed import mean_weight
 from pyro_vae.evaluation.summary import part_of
 from pyro_vae.programs import Program, num_inputs, undisturbed
 
@@ -222,11 +223,8 @@ def _importance(program: Program, data: Any, num_particles: int, seed: int, adva
         for batch in batches.epoch(0):
             done = part_of(advance, len(batch[0]) / batches.num_data)
             log_weights, rounding = _log_weights(program, batch, num_particles, done)
-            log_sum = log_weights.logsumexp(0)
-            inverse = (2 * (log_weights - log_sum)).logsumexp(0).exp()  # of the effective sample size
-            error = (inverse - 1 / num_particles).clamp(min=0).sqrt()  # of the mean weight, relative to it
             shapes, _ = pareto_shapes(log_weights, rounding)
-            parts.append((log_sum - math.log(num_particles), error, 1 / inverse, shapes))
+            parts.append((*mean_weight(log_weights), shapes))
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -274,7 +272,7 @@ def _table(pointwise: xr.Dataset) -> pd.DataFrame:
 
     num_data, num_particles = pointwise.sizes["datum"], pointwise.attrs["num_particles"]
     low_ess = pointwise.ess < min(LOW_ESS, num_particles / 4)
-    high_khat = pointwise.khat > threshold(num_particles)
+    high_khat = pointwise.khat > largest_shape(num_particles)
     wrong = {"low_ess": low_ess, "high_khat": high_khat, "untrusted": low_ess | high_khat}
     shares = {name: which.mean("datum").to_series() for name, which in wrong.items()}
     untrusted = shares["untrusted"] > LOW_SHARE

@@ -6,11 +6,12 @@ import math
 import warnings
 from typing import Any, NamedTuple
 
-from pyro_vae.comparison.trust import LOW_SHARE, threshold
 from pyro_vae.diagnostics import Verdict
-from pyro_vae.diagnostics.khat import FEWEST_PARTICLES
+from pyro_vae.diagnostics.khat import FEWEST_PARTICLES, largest_shape
 
 __all__ = ["ConditionalLOO", "loo"]
+
+LOW_SHARE = 0.05  # of the data may have weights that cannot be trusted
 
 
 class ConditionalLOO(NamedTuple):
@@ -117,7 +118,7 @@ def loo(tree: Any, var_name: str | None = None) -> ConditionalLOO:
     shapes = tree["sample_stats"].get("khat") if "sample_stats" in tree.children else None
     shares: tuple = (None, 0.0)
     if shapes is not None:
-        shares = float((shapes > threshold(num_draws)).mean()), float(shapes.isnull().mean())
+        shares = float((shapes > largest_shape(num_draws)).mean()), float(shapes.isnull().mean())
     return ConditionalLOO(found, "the weights of the decoder, which no datum was left out of", *shares)
 
 

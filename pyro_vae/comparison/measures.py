@@ -11,8 +11,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.diagnostics.predictive import kind_of_values
-from pyro_vae.estimators.particles import local_sites
 from pyro_vae.evaluation import checked_batches
+from pyro_vae.evaluation.draws import data_sites
 from pyro_vae.programs import Program, undisturbed
 
 __all__ = ["Measure", "check_measures", "measure"]
@@ -37,7 +37,7 @@ def measure(name: str, program: Program, data: Any) -> Measure:
         for batch in checked_batches(program, data, 1).epoch(0):
             guide: Any = poutine.trace(program.guide).get_trace(*batch)
             model: Any = poutine.trace(poutine.replay(program.model, trace=guide)).get_trace(*batch)
-            sites = [s for s in local_sites(model, observed=True) if not s["infer"].get("_deterministic")]
+            sites = data_sites(model)
             kinds = [kind_of_values(site["fn"]) for site in sites]
             for site, kind in zip(sites, kinds, strict=True):
                 if kind == "binary" and not ((site["value"] == 0) | (site["value"] == 1)).all():

@@ -49,6 +49,8 @@ def check(program: Program, batches: Batches) -> None:
         likelihood = getattr(program, "likelihood", None)
         _check_columns(likelihood, ordered.source)
         first = next(ordered.epoch(0))
+        if getattr(likelihood, "exposure", False):
+            _check_exposure((ordered.source.tensors if isinstance(ordered.source, InMemory) else first)[1])
         expected = getattr(likelihood, "event_shape", None)
         if expected is not None and tuple(first[0].shape[1:]) != tuple(expected):
             raise ValueError(f"x: expected data of event shape {tuple(expected)}, got {tuple(first[0].shape[1:])}")
@@ -83,6 +85,11 @@ def _check_columns(likelihood: Any, source: Any) -> None:
         )
     if wanted is not None and source.columns is not None and tuple(wanted) != source.columns:
         raise ValueError(f"data: expected columns {', '.join(wanted)}, got {', '.join(source.columns)}")
+
+
+def _check_exposure(exposure: Tensor) -> None:
+    if not (exposure > 0).all():
+        raise ValueError(f"exposure: expected values above 0, got {exposure.min().item():g}")
 
 
 def _check_plates(trace: Any) -> None:

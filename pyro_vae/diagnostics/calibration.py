@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from pyro_vae.diagnostics.verdict import Verdict, holm
 from pyro_vae.estimators.particles import given, local_sites
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation import checked_batches, posterior_draws, prior_draws
-from pyro_vae.evaluation.draws import check_observed
+from pyro_vae.evaluation.draws import check_observed, check_whole
 from pyro_vae.programs import Program, num_inputs, placement, undisturbed
 
 __all__ = ["Calibration", "calibration"]
@@ -166,8 +165,7 @@ def calibration(
         >>> found.names, found.ranks.shape, found.p_values.shape
         (('z[0]', 'z[1]'), torch.Size([50, 2]), torch.Size([2]))
     """
-    if not all(isinstance(number, Integral) and number > 0 for number in (num, num_samples)):
-        raise ValueError(f"expected positive whole numbers of data and draws, got num={num}, num_samples={num_samples}")
+    check_whole(1, num=num, num_samples=num_samples)
     with undisturbed(program, seed), pyro.validation_enabled(False), progress_bar(1, progress) as begin:
         like = _like(program) if like is None else like
         advance = begin("calibration")

@@ -14,13 +14,14 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from pyro_vae.diagnostics.khat import ROUNDING, TOLERATED_SHARE, pareto_shapes
+from pyro_vae.diagnostics.khat import ROUNDING, TOLERATED_SHARE, largest_shape, pareto_shapes
 from pyro_vae.diagnostics.verdict import Verdict
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE
-from pyro_vae.estimators.particles import Particles, given, local_sites, log_weights
+from pyro_vae.estimators.particles import Particles, given, global_latents, local_sites, log_weights
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation import LatentSpace, annealed_log_likelihood, checked_batches
-from pyro_vae.evaluation.draws import global_latents
+from pyro_vae.evaluation.annealed import mean_weight
+from pyro_vae.evaluation.draws import check_whole
 from pyro_vae.programs import Program, num_inputs, placement, undisturbed
 
 __all__ = ["InferenceGap", "inference_gap"]
@@ -30,7 +31,6 @@ PILOT_DATA = 2  # on which the learning rate is chosen
 FIT_PARTICLES = 16  # in each step of a fit
 CHOICE_PARTICLES = 1000  # from which the better of two guides is told
 FEWEST_PARTICLES = 100  # of fewer, neither the error of an ELBO nor the tail of the weights can be told
-HEAVY = 0.7  # k-hat above which weights miss much of what they are a mean of (see `khat`)
 UNSURE = 0.7  # nats of Monte Carlo error: the weights are then worth about two draws (1 / sqrt 2)
 
 
@@ -183,10 +183,8 @@ def inference_gap(
         >>> torch.allclose(found.approximation + found.amortization, found.inference)
         True
     """
-    least = {"num_data": 1, "num_particles": FEWEST_PARTICLES, "steps": 1}
-    for (name, smallest), number in zip(least.items(), (num_data, num_particles, steps), strict=True):
-        if number < smallest:
-            raise ValueError(f"{name}: expected at least {smallest}, got {number}")
+    check_whole(1, num_data=num_data, steps=steps)
+    check_whole(FEWEST_PARTICLES, num_particles=num_particles)
     if num_chains < 0 or num_chains == 1:
         raise ValueError(f"num_chains: expected at least 2, of which an error can be told, or 0, got {num_chains}")
     with undisturbed(program, seed), pyro.validation_enabled(False), progress_bar(2, progress) as begin:
@@ -195,7 +193,7 @@ def inference_gap(
         fits = _Fits(program, batch, num_particles, steps)
         weights = fits.log_weights(seed, begin("fitting the guide to each datum"))
         estimates = {
-            name: (_log_mean(each), _weights_error(each))
+            name: mean_weight(each)[:2]
             for name, each in zip(("importance sampling", "importance sampling, fitted"), weights, strict=True)
         }
         if num_chains > 0 and _moves_freely(program, batch):
@@ -378,17 +376,7 @@ def _result(
 def _heavy(log_weights: Tensor, precision: float) -> float:
     """Share of the data whose weights have a tail with a shape above what so many can be corrected for."""
     shapes, _ = pareto_shapes(log_weights, ROUNDING * precision * log_weights.abs())
-    limit = min(HEAVY, 1 - 1 / math.log10(len(log_weights)))
-    return (~(shapes <= limit)).double().mean().item()  # so that NaN is one
-
-
-def _log_mean(log_weights: Tensor) -> Tensor:
-    return log_weights.logsumexp(0) - math.log(len(log_weights))
-
-
-def _weights_error(log_weights: Tensor) -> Tensor:
-    """Standard error of the logarithm of the mean weight, which is that of the mean relative to it."""
-    return (log_weights.softmax(0).square().sum(0) - 1 / len(log_weights)).clamp(min=0).sqrt()
+    return (~(shapes <= largest_shape(len(log_weights)))).double().mean().item()  # so that NaN is one
 
 
 def _mean_error(values: Tensor) -> Tensor:

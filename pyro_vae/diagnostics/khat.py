@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import pyro
@@ -16,10 +15,12 @@ from pyro_vae.diagnostics.verdict import Verdict
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation import checked_batches, posterior_draws
+from pyro_vae.evaluation.draws import check_whole
 from pyro_vae.programs import Program, undisturbed
 
 __all__ = ["KHat", "khat"]
 
+TRUSTED = 0.7  # shape of a tail, above which weights miss much of what they are a mean of (the reference)
 TOLERATED_SHARE = 0.1  # of the data; the reference judges one posterior, and is silent on how many of many may fail
 FEWEST_PARTICLES = 25  # of which a fifth is the tail, and the fit needs five
 NOTHING = 1e-100  # of the largest weight; the fit divides by such numbers
@@ -83,7 +84,7 @@ def khat(
     x: Any,
     num_particles: int = 1000,
     *,
-    threshold: float = 0.7,
+    threshold: float = TRUSTED,
     seed: int = 0,
     progress: bool = True,
 ) -> KHat:
@@ -127,10 +128,7 @@ def khat(
         >>> found.khat.shape, found.threshold
         (torch.Size([3]), 0.5)
     """
-    if not isinstance(num_particles, Integral) or num_particles < FEWEST_PARTICLES:
-        raise ValueError(
-            f"num_particles: expected a whole number from {FEWEST_PARTICLES} on, as a tail needs, got {num_particles}"
-        )
+    check_whole(FEWEST_PARTICLES, num_particles=num_particles)
     if math.isnan(threshold):
         raise ValueError("threshold: expected a number, got nan")
     batches = checked_batches(program, x, min(num_particles, PARTICLES_AT_ONCE))
@@ -144,8 +142,17 @@ def khat(
             shapes.append(found[0])
             sizes.append(found[1])
             advance(len(batch[0]) / batches.num_data)
-    threshold = min(threshold, 1 - 1 / math.log10(num_particles))
-    return KHat(torch.cat(shapes), torch.cat(sizes), num_particles, threshold)
+    return KHat(torch.cat(shapes), torch.cat(sizes), num_particles, largest_shape(num_particles, threshold))
+
+
+def largest_shape(num_weights: int, threshold: float = TRUSTED) -> float:
+    """The threshold of a shape, or what so many weights resolve, if that is less.
+
+    Example:
+        >>> largest_shape(100), largest_shape(10_000)
+        (0.5, 0.7)
+    """
+    return min(threshold, 1 - 1 / math.log10(num_weights))
 
 
 def _log_weights(

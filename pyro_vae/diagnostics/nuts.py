@@ -18,6 +18,7 @@ from pyro_vae.diagnostics.calibration import guide_draws, scalars
 from pyro_vae.diagnostics.verdict import Verdict
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation import LatentSpace, checked_batches, posterior_draws
+from pyro_vae.evaluation.draws import check_whole
 from pyro_vae.programs import Program, undisturbed
 
 __all__ = ["Nuts", "nuts"]
@@ -157,11 +158,9 @@ def nuts(
         >>> found.names, found.distance.shape
         (('z[0]', 'z[1]'), torch.Size([1, 2]))
     """
-    least = {"num_data": 1, "num_samples": 4, "warmup_steps": 1, "num_chains": 2, "num_guide_samples": 2}
-    numbers = num_data, num_samples, warmup_steps, num_chains, num_guide_samples
-    for (name, smallest), number in zip(least.items(), numbers, strict=True):
-        if number < smallest:
-            raise ValueError(f"{name}: expected at least {smallest}, got {number}")
+    check_whole(1, num_data=num_data, warmup_steps=warmup_steps)
+    check_whole(2, num_chains=num_chains, num_guide_samples=num_guide_samples)
+    check_whole(4, num_samples=num_samples)
     batches = checked_batches(program, x, 1)
     of = min(num_data, batches.num_data)
     with undisturbed(program, seed), _frozen(program), progress_bar(of, progress) as begin:

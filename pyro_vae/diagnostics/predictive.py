@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import pyro
@@ -20,6 +19,7 @@ from pyro_vae.distributions import Grid, SoftBernoulli
 from pyro_vae.estimators.evidence import VALUES_AT_ONCE
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation import checked_batches, posterior_draws, predictive_draws, prior_draws
+from pyro_vae.evaluation.draws import check_whole
 from pyro_vae.evaluation.generation import observed_sites
 from pyro_vae.programs import Program, undisturbed
 
@@ -182,8 +182,8 @@ def predictive_checks(
         >>> found.verdict.holds, round(found.p_values.item(), 3)
         (False, 0.02)
     """
-    if num_samples is not None and not (isinstance(num_samples, Integral) and num_samples > 0):
-        raise ValueError(f"num_samples: expected a positive whole number, got {num_samples}")
+    if num_samples is not None:
+        check_whole(1, num_samples=num_samples)
     _check(statistics)
     checked = checked_batches(program, x, 1)
     with undisturbed(program, seed), pyro.validation_enabled(False):
@@ -287,19 +287,29 @@ def kind_of_values(fn: Any) -> str:
         >>> kind_of_values(dist.Poisson(torch.ones(3)).to_event(1))
         'whole'
     """
-    support, base = fn.support, fn
+    support = fn.support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    # A transformed distribution also has a base, but is another kind.
-    while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
-        base = base.base_dist
-    base = getattr(base, "pixel_likelihood", base)  # of images value by value
     # Soft ones take grey targets, but it is bits that they have a probability of.
-    if support is constraints.boolean or isinstance(base, SoftBernoulli | likelihoods.Bernoulli):
+    if support is constraints.boolean or isinstance(innermost(fn), SoftBernoulli | likelihoods.Bernoulli):
         return "binary"
     if isinstance(support, Grid):
         return "grid"
     return "whole" if support.is_discrete else "continuous"
+
+
+def innermost(fn: Any) -> Any:
+    """The distribution of single values that one is made of, or the likelihood of single pixels.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> innermost(dist.Poisson(torch.ones(3)).mask(True).to_event(1))
+        Poisson(rate: torch.Size([3]))
+    """
+    # A transformed distribution, such as LogNormal, also has a base, but is another kind.
+    while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
+        fn = fn.base_dist
+    return getattr(fn, "pixel_likelihood", fn)
 
 
 def _zeros(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.estimators.particles import log_probabilities
+from pyro_vae.estimators.particles import LogProbabilities, log_probabilities
 
 __all__ = ["Evidence", "estimate_evidence"]
 
@@ -39,6 +39,7 @@ def estimate_evidence(
     *batch: Any,
     num_particles: int = 5000,
     at_once: int = PARTICLES_AT_ONCE,
+    draw: Callable[..., LogProbabilities] = log_probabilities,
     advance: Callable[[float], Any] | None = None,
 ) -> Evidence:
     r"""Log-evidence, rate and distortion of each datum, from the same particles.
@@ -56,6 +57,7 @@ def estimate_evidence(
         *batch: Arguments of both.
         num_particles: Number `K` of particles a datum.
         at_once: Particles in a pass.
+        draw: What takes a pass: `log_probabilities`, or a compiled form of it.
         advance: Called with the share of the work done since the last call, for a progress bar.
 
     Raises:
@@ -80,7 +82,7 @@ def estimate_evidence(
     for first in range(0, num_particles, at_once):
         k = min(at_once, num_particles - first)
         with torch.no_grad():
-            passed = log_probabilities(model, guide, *batch, num_particles=k)
+            passed = draw(model, guide, *batch, num_particles=k)
         prior, likelihood, posterior = (log_prob.cpu().double() for log_prob in passed)
         log_weights = prior + likelihood - posterior
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_weights, 0))

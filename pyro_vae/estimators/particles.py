@@ -13,9 +13,11 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae.estimators.tracing import Tape, is_traced, same_expression
 from pyro_vae.handlers import data_frame, in_data_plate
 
 __all__ = ["LogProbabilities", "Particles", "log_probabilities", "log_weights"]
@@ -128,6 +130,18 @@ def shared_draws(guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dic
     return {name: value for name, value in _values(trace).items() if name not in local}
 
 
+def global_latents(trace: Any) -> dict[str, Tensor]:
+    """The latents of a trace that belong to no datum, by site.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> global_latents(poutine.trace(vae.guide).get_trace(torch.ones(3, 8, 8)))
+        {}
+    """
+    return {site["name"]: site["value"] for site in _sites(trace, observed=False) if not in_data_plate(site)}
+
+
 class _LocalPlate(pyro.plate):
     """A plate for local sites alone: a global latent is drawn once, and all particles share it.
 
@@ -172,12 +186,19 @@ class random_state:
     """
 
     def __init__(self, tensors: Iterable[Any]):
+        self.tape = Tape.current()
+        if self.tape is not None:
+            self.position = self.tape.position
+            return
         devices = {t.device for t in tensors if isinstance(t, Tensor) and t.device.type == "cuda"}
         self.cpu = torch.get_rng_state()
         self.cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
     def restore(self) -> None:
         """Go back to the state."""
+        if self.tape is not None:
+            self.tape.position = self.position
+            return
         torch.set_rng_state(self.cpu)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
@@ -350,10 +371,27 @@ def given(program: Callable, values: Mapping[str, Tensor]) -> Callable:
     return poutine.replay(program, trace=trace)
 
 
+class simulating(UnconditionMessenger):
+    """All that is observed is drawn, but for what follows from other draws: this has its value from them.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae, x = pyro_vae.build((8, 8), latent=2), torch.full((3, 8, 8), torch.nan)
+        >>> poutine.trace(simulating()(vae.model)).get_trace(x).nodes["x"]["value"].isnan().any().item()
+        False
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["infer"].get("_deterministic"):
+            super()._pyro_sample(msg)
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether two scales, or two masks, are one, up to rounding; a tensor may be compared with a number."""
     if one is other or one is None or other is None:
         return one is other
+    if is_traced(one) or is_traced(other):
+        return same_expression(one, other)
     if not isinstance(one, Tensor) and not isinstance(other, Tensor):
         return math.isclose(one, other)
     a, b = (torch.as_tensor(value, dtype=torch.float64, device="cpu").squeeze() for value in (one, other))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae.estimators.gradients import WeightedEstimator, Weights
 from pyro_vae.estimators.importance import log_mean_exp
-from pyro_vae.estimators.particles import local_sites, log_prob
+from pyro_vae.estimators.particles import local_sites, log_prob, simulating
 
 __all__ = ["VIMCO", "Reinforce", "ReweightedWakeSleep", "Thermodynamic"]
 
@@ -207,7 +207,7 @@ class Thermodynamic(WeightedEstimator):
 def _dreamt(model: Callable, guide: Callable, args: tuple, kwargs: Any) -> Tensor:
     """Log q of latents given data that the model dreams, summed over all data that the plate stands for."""
     with torch.no_grad():
-        dream: Any = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+        dream: Any = poutine.trace(simulating()(model)).get_trace(*args, **kwargs)
     if "x" not in dream.nodes:
         raise ValueError(f'insomnia < 1: expected a model that observes a site "x", got {list(dream.nodes)[1:-1]}')
     x = dream.nodes.pop("x")

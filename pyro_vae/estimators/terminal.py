@@ -50,6 +50,7 @@ def progress_bar(total: int, visible: bool) -> Iterator[Callable[[str], Callable
     task, start = bar.add_task("", total=total), time.perf_counter()
 
     def begin(description: str) -> Callable[[float], None]:
+        """Say what comes next, and give what takes each share of it that is done."""
         bar.update(task, description=description)
 
         def advance(share: float) -> None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE, VALUES_AT_ONCE
+from pyro_vae.estimators.importance import log_mean_exp
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation.batches import checked_batches
 from pyro_vae.evaluation.densities import LatentSpace
-from pyro_vae.evaluation.draws import check_observed, prior_draws
+from pyro_vae.evaluation.draws import check_observed, check_whole, prior_draws
 from pyro_vae.evaluation.generation import takes_x_alone
 from pyro_vae.programs import Program, placement, undisturbed
 
@@ -133,7 +134,7 @@ def annealed_log_likelihood(
         >>> found.log_evidence.shape
         torch.Size([3])
     """
-    _check_numbers(num_chains=num_chains, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog)
+    check_whole(1, num_chains=num_chains, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog)
     batches = checked_batches(program, data, min(num_chains, PARTICLES_AT_ONCE))
     parts, shared = [], None
     with _working(program, seed, progress, advance) as advance:
@@ -197,7 +198,7 @@ def bidirectional(
         (torch.Size([3]), torch.Size([3]))
     """
     numbers = {"num_chains": num_chains, "num_temperatures": num_temperatures, "num_leapfrog": num_leapfrog}
-    _check_numbers(num=num, **numbers)
+    check_whole(1, num=num, **numbers)
     templates = list(_templates(program, num, like, min(num_chains, PARTICLES_AT_ONCE)))
     parts, shared = [], None
     with _working(program, seed, progress) as advance:
@@ -211,14 +212,8 @@ def bidirectional(
             path = _Path(space, num_temperatures, num_leapfrog, _scaled(advance, work))
             forward, there = path.forward(num_chains)
             backward, back = path.backward(space.unconstrained(latents), num_chains)
-            parts.append(Bidirectional(x[0].cpu(), _log_mean(forward), -_log_mean(backward), (there + back) / 2))
+            parts.append(Bidirectional(x[0].cpu(), log_mean_exp(forward), -log_mean_exp(backward), (there + back) / 2))
     return Bidirectional(*map(torch.cat, zip(*parts, strict=True)))
-
-
-def _check_numbers(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name}: expected a positive number, got {number}")
 
 
 @contextmanager
@@ -373,15 +368,26 @@ def _sigmoid_schedule(num_temperatures: int) -> list[float]:
     return ((values - values[0]) / (values[-1] - values[0])).tolist()
 
 
-def _log_mean(log_weights: Tensor) -> Tensor:
-    return log_weights.logsumexp(0) - math.log(len(log_weights))
+def mean_weight(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The logarithm of the mean of K weights, its standard error, and their effective sample size, each `(B,)`.
+
+    The error is that of the mean, relative to it.
+
+    Args:
+        log_weights: Tensor of shape `(K, B)`, in nats.
+
+    Example:
+        >>> [round(value.item(), 2) for value in mean_weight(torch.tensor([1.0, 3.0]).log())]
+        [0.69, 0.35, 1.6]
+    """
+    shares = log_weights.softmax(0).square().sum(0)
+    return log_mean_exp(log_weights), (shares - 1 / len(log_weights)).clamp(min=0).sqrt(), 1 / shares
 
 
 def _annealed(log_weights: Tensor, acceptance: Tensor) -> Annealed:
     """What the log-weights of K chains, `(K, B)`, say."""
     num_chains = len(log_weights)
-    shares = log_weights.softmax(0).square().sum(0)
+    log_evidence, error, ess = mean_weight(log_weights)
     # The relative variance of a mean of K, without bias in that of each.
-    error = ((shares - 1 / num_chains).clamp(min=0) * (num_chains / max(1, num_chains - 1))).sqrt()
-    error = error if num_chains > 1 else torch.full_like(error, math.nan)
-    return Annealed(_log_mean(log_weights), error, acceptance, 1 / shares)
+    error = error * (math.sqrt(num_chains / (num_chains - 1)) if num_chains > 1 else math.nan)
+    return Annealed(log_evidence, error, acceptance, ess)

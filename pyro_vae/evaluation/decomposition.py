@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import pyro
@@ -19,7 +18,7 @@ from pyro_vae.estimators.evidence import VALUES_AT_ONCE
 from pyro_vae.estimators.particles import Particles, given, local_sites, log_prob
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation.batches import checked_batches
-from pyro_vae.evaluation.draws import posterior_draws
+from pyro_vae.evaluation.draws import check_whole, posterior_draws
 from pyro_vae.programs import Program, undisturbed
 
 __all__ = ["ELBODecomposition", "elbo_decomposition"]
@@ -123,9 +122,9 @@ def elbo_decomposition(
         >>> found.mutual_information <= math.log(20)
         True
     """
-    for name, number in (("num_samples", num_samples), ("num_data", num_data)):
-        if number is not None and not (isinstance(number, Integral) and number > 0):
-            raise ValueError(f"{name}: expected a positive whole number, got {number}")
+    check_whole(1, num_samples=num_samples)
+    if num_data is not None:
+        check_whole(1, num_data=num_data)
     checked = checked_batches(program, x, num_samples)
     with (
         undisturbed(program, seed),

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.estimators.particles import given, local_sites, log_prob
+from pyro_vae.estimators.particles import given, global_latents, local_sites, log_prob, simulating
 from pyro_vae.evaluation.generation import observed_sites
-from pyro_vae.handlers import in_data_plate
 from pyro_vae.programs import Program
 
 __all__ = ["Draws", "posterior_draws", "predictive_draws", "prior_draws"]
@@ -71,7 +69,6 @@ def posterior_draws(
     names = [sorted(site["name"] for site in each) for each in (priors, sites)]
     if names[0] != names[1]:
         raise ValueError(f"expected a guide with the model's latents {names[0]}, got {names[1]}")
-    observed = [site for site in local_sites(model, observed=True) if not site["infer"].get("_deterministic")]
     size = len(batch[0])
 
     def total(sites: list[Any]) -> Tensor:
@@ -81,7 +78,7 @@ def posterior_draws(
         latents={site["name"]: _expanded(site, num_samples, size) for site in sites},
         shared=global_latents(guide),
         log_prior=total(priors),
-        log_likelihood={site["name"]: total([site]) for site in observed},
+        log_likelihood={site["name"]: total([site]) for site in data_sites(model)},
         log_posterior=total(sites),
     )
 
@@ -181,16 +178,8 @@ def _withheld(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     return torch.zeros_like(batch[0]), *batch[1:]
 
 
-class _Simulating(UnconditionMessenger):
-    """All that is observed is drawn, but for what follows from other draws: this has its value from them."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
-            super()._pyro_sample(msg)
-
-
 def _simulated(model: Callable, values: Mapping[str, Tensor], batch: tuple[Any, ...]) -> Any:
-    return _traced(given(_Simulating()(model), values), batch)
+    return _traced(given(simulating()(model), values), batch)
 
 
 def _traced(program: Callable, batch: tuple[Any, ...]) -> Any:
@@ -204,6 +193,32 @@ def _traced(program: Callable, batch: tuple[Any, ...]) -> Any:
             f"{type(error).__name__} with zeros for x; pass what it reads of x (a total count, say) as a tensor of its "
             "own"
         ) from error
+
+
+def data_sites(model: Any) -> list[Any]:
+    """The sites of a model's trace in the plate "data" at which it observes: not what follows from its latents.
+
+    Example:
+        >>> import pyro_vae
+        >>> vae = pyro_vae.build((8, 8), latent=2)
+        >>> [site["name"] for site in data_sites(poutine.trace(vae.model).get_trace(torch.ones(3, 8, 8)))]
+        ['x']
+    """
+    return [site for site in local_sites(model, observed=True) if not site["infer"].get("_deterministic")]
+
+
+def check_whole(least: int, **numbers: Any) -> None:
+    """Refuse numbers, by name, that are not whole, or are below the least.
+
+    Example:
+        >>> check_whole(1, num_samples=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_samples: expected a whole number, at least 1, got 0
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, Integral) or number < least:
+            raise ValueError(f"{name}: expected a whole number, at least {least}, got {number!r}")
 
 
 def check_observed(names: Iterable[str]) -> None:
@@ -221,19 +236,6 @@ def check_observed(names: Iterable[str]) -> None:
             f'expected a model that observes "x", or its parts "x.<part>", alone, got {others} too: simulated data '
             "would not be what the model has of its own"
         )
-
-
-def global_latents(trace: Any) -> dict[str, Tensor]:
-    """The latents of a trace that belong to no datum, by site.
-
-    Example:
-        >>> import pyro_vae
-        >>> vae = pyro_vae.build((8, 8), latent=2)
-        >>> global_latents(poutine.trace(vae.guide).get_trace(torch.ones(3, 8, 8)))
-        {}
-    """
-    sites = [site for site in trace.nodes.values() if site["type"] == "sample" and not site["is_observed"]]
-    return {site["name"]: site["value"] for site in sites if not in_data_plate(site) and not site_is_subsample(site)}
 
 
 def _expanded(site: Any, num_samples: int, size: int) -> Tensor:

@@ -8,12 +8,11 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.data import to_float
+from pyro_vae.estimators.particles import given, global_latents, simulating
 from pyro_vae.evaluation.batches import checked_batches
-from pyro_vae.handlers import in_data_plate
 from pyro_vae.programs import Program, placement, undisturbed
 
 __all__ = ["reconstruct", "sample", "takes_x_alone"]
@@ -51,18 +50,11 @@ def sample(
     device, dtype = placement(program)
     x = torch.zeros(num_samples, *event_shape, device=device, dtype=dtype)
     with undisturbed(program, seed):
-        model = poutine.condition(poutine.uncondition(program.model), data=_global_latents(program, x[:1]))
-        trace: Any = poutine.trace(model).get_trace(x)
+        learned = global_latents(poutine.trace(program.guide).get_trace(x[:1]))
+        trace: Any = poutine.trace(given(simulating()(program.model), learned)).get_trace(x)
         sites = observed_sites(trace)
         means, draws = [mean_of(site["fn"]) for site in sites], [site["value"] for site in sites]
         return _joined(means), _joined(draws)
-
-
-def _global_latents(program: Program, x: Tensor) -> dict[str, Tensor]:
-    """One draw from the guide of the latents that belong to no datum, what training has learned of them."""
-    sites = poutine.trace(program.guide).get_trace(x).nodes.values()
-    latents = [site for site in sites if site["type"] == "sample" and not site["is_observed"]]
-    return {site["name"]: site["value"] for site in latents if not in_data_plate(site) and not site_is_subsample(site)}
 
 
 def reconstruct(program: Program, data: Any, *, seed: int = 0) -> Tensor:
@@ -120,6 +112,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def mean_of(fn: Any) -> Tensor:
+    """The mean of a distribution, or of 100 draws from one that does not know it.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> mean_of(dist.Gamma(torch.tensor([2.0, 6.0]), 2.0))
+        tensor([1., 3.])
+    """
     try:
         mean = fn.mean
     except NotImplementedError:

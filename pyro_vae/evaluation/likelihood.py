@@ -23,6 +23,7 @@ def log_likelihood(
     *,
     method: Literal["importance", "ais"] = "importance",
     seed: int = 0,
+    compile: str | bool = "auto",
     progress: bool = True,
 ) -> Tensor:
     r"""Estimate of each datum's log evidence, a lower bound in expectation that rises with K.
@@ -40,6 +41,8 @@ def log_likelihood(
             chains. Memory does not depend on it.
         method: "importance", or "ais" for annealed importance sampling.
         seed: Seed of the particles or chains.
+        compile: Whether to compile a pass of particles: "auto" does so where all would take more than half a minute
+            without. What cannot be compiled is warned of, and runs as it is.
         progress: Whether to show a progress bar past two seconds.
 
     Returns:
@@ -67,7 +70,7 @@ def log_likelihood(
     num_particles = 5000 if num_particles is None else num_particles
     with progress_bar(1, progress) as begin:
         advance = begin("importance sampling")
-        return summarize(program, data, num_particles, seed=seed, advance=advance).log_likelihood
+        return summarize(program, data, num_particles, seed=seed, compile=compile, advance=advance).log_likelihood
 
 
 def bits_per_dimension(log_likelihood: Tensor, event_shape: Sequence[int], bins: int | None = None) -> Tensor:

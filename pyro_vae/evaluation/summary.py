@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import time
+import warnings
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae.compilation import CompiledLogProbabilities, NotCompilableError, check_compile
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE, estimate_evidence
+from pyro_vae.estimators.particles import log_probabilities
 from pyro_vae.evaluation.batches import checked_batches
 from pyro_vae.programs import Program, undisturbed
 
 __all__ = ["Summary", "elbo", "rate_distortion", "summarize"]
+
+WORTH_COMPILING = 30.0  # seconds that all passes would take; compiling takes some ten, and saves half or more
 
 
 class Summary(NamedTuple):
@@ -31,7 +38,15 @@ class Summary(NamedTuple):
     distortion: Tensor
 
 
-def summarize(program: Program, data: Any, num_particles: int = 5000, *, seed: int = 0, advance: Any = None) -> Summary:
+def summarize(
+    program: Program,
+    data: Any,
+    num_particles: int = 5000,
+    *,
+    seed: int = 0,
+    compile: str | bool = "auto",
+    advance: Any = None,
+) -> Summary:
     r"""Log-likelihood, ELBO, rate and distortion of each datum, from the same particles.
 
     .. math:: \log \hat p(x) = \log \tfrac1K \sum_k w_k, \quad R = \tfrac1K \sum_k \log \frac{q(z_k \mid x)}{p(z_k)},
@@ -45,6 +60,8 @@ def summarize(program: Program, data: Any, num_particles: int = 5000, *, seed: i
         data: Tensor, array, `Dataset` or `DataLoader`.
         num_particles: Number `K` of particles a datum.
         seed: Seed of the particles.
+        compile: Whether to compile a pass: "auto" does so where all passes would take more than half a minute without.
+            What cannot be compiled is warned of, and runs as it is.
         advance: Called with the share of the work done since the last call, for a progress bar.
 
     Returns:
@@ -66,22 +83,37 @@ def summarize(program: Program, data: Any, num_particles: int = 5000, *, seed: i
     """
     if num_particles < 1:
         raise ValueError(f"num_particles: expected a positive number, got {num_particles}")
-    at_once = min(num_particles, PARTICLES_AT_ONCE)
+    check_compile(compile)
+    at_once = math.ceil(num_particles / math.ceil(num_particles / PARTICLES_AT_ONCE))  # passes of one size, or nearly
     batches = checked_batches(program, data, at_once)
-    parts = []
+    parts: list[Summary] = []
+    draw: Any = log_probabilities
     with undisturbed(program, seed), pyro.validation_enabled(False):
+        start = time.perf_counter()
         for batch in batches.epoch(0):
+            seconds = (time.perf_counter() - start) * (len(batches) - 1)  # of all others, as the first one took
+            if compile is True or (compile == "auto" and len(parts) == 1 and seconds > WORTH_COMPILING):
+                draw, compile = _compiled(program, batch, at_once), False
             found = estimate_evidence(
                 program.model,
                 program.guide,
                 *batch,
                 num_particles=num_particles,
                 at_once=at_once,
+                draw=draw,
                 advance=part_of(advance, len(batch[0]) / batches.num_data),
             )
             elbo = -(found.rate + found.distortion)
             parts.append(Summary(found.log_evidence, elbo, found.rate, found.distortion))
     return Summary(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _compiled(program: Program, batch: tuple[Tensor, ...], num_particles: int) -> Any:
+    try:
+        return CompiledLogProbabilities(program, batch, num_particles)
+    except NotCompilableError as error:
+        warnings.warn(f"the passes are not compiled: {error}", stacklevel=4)
+        return log_probabilities
 
 
 def part_of(advance: Any, share: float) -> Any:

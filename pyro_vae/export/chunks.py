@@ -12,16 +12,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import TransformedDistribution
 
 from pyro_vae import likelihoods
 from pyro_vae.data import InMemory
-from pyro_vae.estimators.particles import local_sites
+from pyro_vae.diagnostics.predictive import innermost
+from pyro_vae.estimators.particles import global_latents
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation.batches import checked_batches
-from pyro_vae.evaluation.draws import Draws, posterior_draws, predictive_draws, prior_draws
+from pyro_vae.evaluation.draws import Draws, data_sites, posterior_draws, predictive_draws, prior_draws
 from pyro_vae.evaluation.generation import observed_sites
 from pyro_vae.export.names import (
     check_names,
@@ -35,7 +34,6 @@ from pyro_vae.export.names import (
 )
 from pyro_vae.export.stores import Variables
 from pyro_vae.export.weights import resampled, shapes_and_sizes
-from pyro_vae.handlers import in_data_plate
 from pyro_vae.programs import Program, undisturbed
 
 __all__ = ["Chunks"]
@@ -156,7 +154,7 @@ class Chunks:
             guide, model = self._traces(first)
         sites = observed_sites(model)
         check_names(site["name"] for site in sites)
-        local = [site for site in local_sites(model, observed=True) if not site["infer"].get("_deterministic")]
+        local = data_sites(model)
         x = {site["name"] for site in sites}
         self.factors = {site["name"] for site in local if isinstance(site["fn"], dist.Unit)}
         self.others = [site["name"] for site in local if site["name"] not in x | self.factors]
@@ -208,7 +206,8 @@ class Chunks:
         if self.num_prior_samples == 0:
             return {}
         if self.prior_shared is None:
-            self.prior_shared = _global_latents(self.program, batch, self.num_prior_samples)
+            plate = pyro.plate("samples", self.num_prior_samples, dim=-2)
+            self.prior_shared = global_latents(poutine.trace(plate(self.program.model)).get_trace(*batch))
         latents, x = prior_draws(self.program, *batch, num_samples=self.num_prior_samples, shared=self.prior_shared)
         latents = {name: value for name, value in latents.items() if name in names}  # and no data but x
         return {"prior": self._latents(latents, self.prior_shared), "prior_predictive": self._data(x, drawn=True)}
@@ -349,10 +348,7 @@ def _parts(sites: list[Any], source: Any) -> list[_Part]:
 
 def _integers(fn: Any, grey: bool) -> tuple[torch.dtype | None, torch.dtype | None]:
     """Dtypes of integers that hold a distribution's draws, and the data; None of floats."""
-    base = fn
-    while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
-        base = base.base_dist
-    if isinstance(getattr(base, "pixel_likelihood", base), dist.Bernoulli | likelihoods.Bernoulli):
+    if isinstance(innermost(fn), dist.Bernoulli | likelihoods.Bernoulli):
         return torch.int8, None if grey else torch.int8
     return (torch.int64, torch.int64) if fn.support.is_discrete else (None, None)
 
@@ -361,14 +357,6 @@ def _statistics(log_weights: Tensor, khat: Tensor, ess: Tensor) -> Variables:
     dims, values = ((*_SAMPLE, "datum"), ("datum",), ("datum",)), (log_weights.double()[None], khat, ess)
     named = zip(_STATISTICS.items(), dims, values, strict=True)
     return {name: (own, _array(value), {"description": text}) for (name, text), own, value in named}
-
-
-def _global_latents(program: Program, batch: tuple[Tensor, ...], num_samples: int) -> dict[str, Tensor]:
-    """Draws from the model of the latents that belong to no datum, each of shape `(S, 1, *event_shape)`."""
-    plate = pyro.plate("samples", num_samples, dim=-2)
-    trace: Any = poutine.trace(plate(program.model)).get_trace(*batch)
-    latents = [site for site in trace.nodes.values() if site["type"] == "sample" and not site["is_observed"]]
-    return {site["name"]: site["value"] for site in latents if not in_data_plate(site) and not site_is_subsample(site)}
 
 
 def _array(value: Tensor) -> np.ndarray:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from inspect import Parameter, signature
-from numbers import Integral
 from typing import Any
 
 import torch
 import yaml
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from pyro_vae.evaluation.draws import check_whole
 from pyro_vae.programs import Program
 
 __all__ = ["check_names", "check_options", "check_order", "companions", "numbered", "safe", "text_of", "x_dims"]
@@ -84,13 +84,10 @@ def check_options(
     coords: Mapping[str, Any] | None,
 ) -> None:
     """Raise where options of `to_arviz` are not what they may be."""
-    for name, value, least in (("num_samples", num_samples, 1), ("num_prior_samples", num_prior_samples, 0)):
-        if not isinstance(value, Integral):
-            raise ValueError(f"{name}: expected a whole number, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if chunk is not None and (not isinstance(chunk, Integral) or chunk < 1):
-        raise ValueError(f"chunk: expected a positive number of data, got {chunk!r}")
+    check_whole(1, num_samples=num_samples)
+    check_whole(0, num_prior_samples=num_prior_samples)
+    if chunk is not None:
+        check_whole(1, chunk=chunk)
     if "draw" in (coords or {}) and num_prior_samples not in (0, num_samples):
         raise ValueError(
             f"coords: expected none for 'draw' where numbers of draws differ, got {num_samples} and, of the prior, "

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -76,7 +77,8 @@ class _Counts(Factorized):
         if exposure is not None:
             if exposure.numel() != math.prod(exposure.shape[:1]):
                 raise ValueError(f"exposure: expected one value a datum, got shape {tuple(exposure.shape)}")
-            if not (exposure > 0).all():
+            # As Pyro's own checks of values, it can be turned off, and is while a step is compiled.
+            if is_validation_enabled() and not (exposure > 0).all():
                 raise ValueError(f"exposure: expected values above 0, got {exposure.min().item():g}")
             rate = rate * exposure.reshape(*exposure.shape[:1], *[1] * len(self.event_shape))
         return self.distribution(rate, *others).to_event(len(self.event_shape))

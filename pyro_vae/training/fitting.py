@@ -61,6 +61,7 @@ def fit(
     seed: int | None = None,
     start_at_mean: bool = False,
     num_workers: int = 0,
+    compile: str | bool = "auto",
     out: str | os.PathLike | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -94,8 +95,11 @@ def fit(
         start_at_mean: Whether to set the likelihood's output bias from the data's mean first. It saves the first
             epochs, in which many latents are otherwise lost for good.
         num_workers: Processes that read a `Dataset`, or threads that read data on disk; see `data.Batches`.
+        compile: Whether to compile the step (see `pyro_vae.compilation.compile_step`): "auto" does so where the rest of
+            the run would take more than a minute without. What cannot be compiled is warned of, and runs as it is.
         out: Run directory to write; None writes nothing.
-        resume: Go on from the checkpoint in `out`: bit for bit, but within an epoch of a stream that shuffles itself.
+        resume: Go on from the checkpoint in `out`: bit for bit, but within an epoch of a stream that shuffles itself,
+            and but for rounding where "auto" compiles.
         overwrite: Replace a run in `out`.
         progress: Whether to show a progress bar.
 

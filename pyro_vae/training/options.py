@@ -13,6 +13,7 @@ import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 from pyro_vae import schedules
+from pyro_vae.compilation import check_compile
 from pyro_vae.programs import Program
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Options:
     seed: int | None = None
     start_at_mean: bool = False
     num_workers: int = 0
+    compile: str | bool = "auto"
 
     def __post_init__(self) -> None:
         self.estimator = self.estimator or Trace_ELBO()
@@ -57,6 +59,7 @@ class Options:
             raise ValueError(f"num_workers: expected 0 or more, got {self.num_workers}")
         if isinstance(self.lr_schedule, str) and self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}")
+        check_compile(self.compile)
         name = type(self.estimator).__name__
         if name.startswith("Jit"):
             raise ValueError(f"{name} would trace beta once and for all; expected {name.removeprefix('Jit')}")

@@ -6,20 +6,21 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
-from pyro.infer import ELBO, TraceTailAdaptive_ELBO
-from torch import Tensor, nn
+from pyro.infer import TraceTailAdaptive_ELBO
+from torch import Tensor
 
 from pyro_vae import handlers, runs
+from pyro_vae.compilation import annealed
 from pyro_vae.data import Batches, check
 from pyro_vae.estimators import checks
-from pyro_vae.estimators.gradients import loss_to_differentiate
+from pyro_vae.estimators.objective import Objective
 from pyro_vae.programs import Program, check_param_sites, undisturbed
+from pyro_vae.training.gradients import Gradients
 from pyro_vae.training.options import Options, annealing, fabric, lr_scheduler, optimizer
 
 __all__ = ["NonFiniteError", "Step", "Training", "steps"]
@@ -54,23 +55,6 @@ class Step:
     num_data: int
 
 
-class _Objective(nn.Module):
-    """Program and estimator as one module, whose output is what there is to differentiate."""
-
-    def __init__(self, program: Program, estimator: ELBO):
-        super().__init__()
-        self.program = program
-        self.estimator: Any = estimator
-        self.recorded = handlers.record()
-        # The program's own param store: some estimators keep state there, and none of it may reach Pyro's.
-        self.param_store: Any = {"params": {}, "constraints": {}}
-
-    def forward(self, beta: float, *batch: Tensor) -> Any:
-        programs = self.recorded.model(self.program.model), self.recorded.guide(self.program.guide)
-        with pyro.get_param_store().scope(self.param_store), handlers.beta(beta), self.recorded:
-            return loss_to_differentiate(self.estimator, *programs, *batch)
-
-
 class Training:
     """A run of training: the program, its optimizer and schedules, and where they stand.
 
@@ -88,10 +72,10 @@ class Training:
         if seed is not None:
             seed_everything(seed, verbose=False)
         self.program = program
-        self.objective = _Objective(program, self.options.estimator)
-        self._fabric_objective = self.fabric.setup_module(self.objective)
+        self.objective = Objective(program, self.options.estimator)
         order_seed = seed if seed is not None else int(torch.randint(2**31, ()))
         self.batches = Batches(data, program, self.options.batch_size, order_seed, self.options.num_workers)
+        self.gradients = Gradients(self.objective, self.batches, self.fabric, self.options.compile)
         check(program, self.batches)
         if self.options.start_at_mean:
             _start_at_mean(program, self.batches)
@@ -99,8 +83,7 @@ class Training:
         self._fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
         self.total_steps = self.options.epochs * len(self.batches)
         self.scheduler = lr_scheduler(self.optimizer, self.options, self.total_steps)
-        following = (*program.modules(), self.options.estimator)
-        self.annealed: list[Any] = [each for each in following if hasattr(each, "set_progress")]
+        self.annealed = annealed(self.objective)
         self.step = 0
 
     def __iter__(self) -> Generator[Step]:
@@ -113,59 +96,46 @@ class Training:
         checked = False
         while self.step < self.total_steps:
             epoch, skip = divmod(self.step, len(self.batches))
-            for batch in self.batches.epoch(epoch, skip):
+            for raw in self.batches.raw(epoch, skip):
                 if not checked:
-                    self._check_estimator(batch)
+                    self._check_estimator(raw)
                     checked = True
-                yield self._take(epoch, batch)
+                yield self._take(epoch, raw)
 
-    def _check_estimator(self, batch: tuple[Tensor, ...]) -> None:
+    def _check_estimator(self, raw: tuple[Tensor, ...]) -> None:
         """Warn or raise where the estimator is wrong for the program, whose mode is the one it is trained in."""
         with undisturbed(self.program), _kept_buffers(self.program), handlers.beta(self.anneal(0.0)):
             self.program.train()
+            batch = self.batches.prepare(*raw)
             checks.check(self.options.estimator, self.program.model, self.program.guide, *batch)
 
-    def _take(self, epoch: int, batch: tuple[Tensor, ...]) -> Step:
+    def _take(self, epoch: int, raw: tuple[Tensor, ...]) -> Step:
         progress = self.step / self.total_steps
         beta = self.anneal(progress)
         for each in self.annealed:
             each.set_progress(progress)
         if not self.program.training:
             self.program.train()
-        self._fabric_optimizer.zero_grad()
-        # Pyro checks the first step; after that its checks, of a program that does not change, are left out.
-        with pyro.validation_enabled(False) if self.step else nullcontext():
-            loss = self._fabric_objective(beta, *batch) / self.objective.recorded.num_data
-        value, rate, distortion = self._figures(loss)
-        self._differentiate(loss)
+        loss, rate, distortion = self._checked(
+            self.gradients(beta, raw, self.total_steps - self.step).tolist(), beta, raw
+        )
+        if self.step == 0:
+            self._check_parameters()
         self._fabric_optimizer.step()
         self.step += 1
         if self.scheduler is not None:
             self.scheduler.step()
         if hasattr(self.anneal, "update"):
             self.anneal.update(rate)
-        return Step(epoch + 1, self.step, beta, value, -rate - distortion, rate, distortion, len(batch[0]))
+        return Step(epoch + 1, self.step, beta, loss, -rate - distortion, rate, distortion, len(raw[0]))
 
-    def _figures(self, loss: Tensor) -> tuple[float, float, float]:
-        """Loss, rate and distortion per datum, in one transfer from the device."""
-        recorded = self.objective.recorded
-        rate, distortion = recorded.rate.mean(), recorded.distortion.mean()
-        value, *terms = torch.stack([loss.detach().to(rate), rate, distortion]).tolist()
+    def _checked(self, figures: list[float], beta: float, raw: tuple[Tensor, ...]) -> list[float]:
+        """Loss, rate and distortion per datum, of which the loss must be finite."""
         # Tail-adaptive inference has no loss to report and gives infinity (Wang, Liu and Liu, 2018).
-        if not math.isfinite(value) and not isinstance(self.options.estimator, TraceTailAdaptive_ELBO):
-            where = recorded.first_nonfinite()
-            raise NonFiniteError(f"the loss is {value} at step {self.step + 1}; first site not finite: {where}")
-        return value, terms[0], terms[1]
-
-    def _differentiate(self, loss: Tensor) -> None:
-        if loss.requires_grad:
-            self.fabric.backward(loss)
-        else:  # the estimator has called backward on the sum
-            for parameter in self.program.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.div_(self.objective.recorded.num_data)
-        if self.step == 0:
-            self._check_parameters()
+        if not math.isfinite(figures[0]) and not isinstance(self.options.estimator, TraceTailAdaptive_ELBO):
+            where = self.gradients.first_nonfinite(beta, raw)
+            raise NonFiniteError(f"the loss is {figures[0]} at step {self.step + 1}; first site not finite: {where}")
+        return figures
 
     def _check_parameters(self) -> None:
         check_param_sites(self.program, self.objective.param_store["params"])

@@ -55,6 +55,7 @@ def progress_bar(training: Training, visible: bool) -> Iterator[Callable[[Step],
     with Progress(
         *columns, console=Console(stderr=True), disable=not visible or training.step == training.total_steps
     ) as bar:
+        training.gradients.announce = bar.console.print if visible else training.gradients.announce
         task = bar.add_task("", total=training.total_steps, completed=training.step, **fields)
         start, first, shown = time.perf_counter(), training.step, 0.0
         recent: deque[float] = deque(maxlen=50)  # their median forgets a bad start, and one bad step
