@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -198,6 +199,7 @@ def test_no_more_is_read_than_is_asked_for(store, monkeypatch):
     monkeypatch.setattr(OnDisk, "read", lambda self, places, num=2: read.append(len(places)) or take(self, places, num))
     epoch = Batches(data, pyro_vae.build((16,), latent=1), 10, seed=0).epoch(0)
     next(epoch)
+    time.sleep(0.2)  # for what would be read on
     assert sum(read) <= 3 * 100  # what is asked for, what is read meanwhile, and what that waits for
     epoch.close()
     assert not left_behind()
