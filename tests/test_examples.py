@@ -26,6 +26,9 @@ EXAMPLES = {
         "pyro.infer.SVI", "PyTorch by hand", "matrix products alone", "--steps", "2", "--rounds", "2", "--images", "2",
         "--particles", "20",
     ],
+    "benchmarks/larger_than_memory.py": [
+        "--gigabytes", "0.002", "--beside", "1000", "--batch-size", "500", "--hidden", "8", "--chunk", "256",
+    ],
     "reproductions/frey_faces.py": [
         "--data", "{root}/frey_faces/frey_faces.npz", "--seeds", "1", "--epochs", "1", "--latent", "2", "--hidden", "8",
         "--num-particles", "2", "--only", "Beta", "mixture of 5",
@@ -49,6 +52,7 @@ def test_every_example_is_listed():
 
 # Those on data that are read from a folder take longest.
 SLOW = [name for name, arguments in EXAMPLES.items() if any("{root}" in argument for argument in arguments)]
+SLOW.append("benchmarks/larger_than_memory.py")  # four processes
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EXAMPLES])

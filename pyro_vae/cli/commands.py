@@ -16,7 +16,7 @@ from pyro_vae import diagnostics, evaluation, expressions, plots, runs
 from pyro_vae.cli import diagnosis as page
 from pyro_vae.cli import output
 from pyro_vae.cli.configuration import DATA
-from pyro_vae.data import InMemory, Splits
+from pyro_vae.data import InMemory, OnDisk, Splits
 from pyro_vae.files import replacing
 from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.networks import Standardized
@@ -60,7 +60,9 @@ def _options(
 
 @app.command()
 def fit(
-    data: Annotated[str, _option("digits, mnist, fashion_mnist, or a .npy, .npz, .csv or .parquet file.")] = "digits",
+    data: Annotated[
+        str, _option("digits, mnist, fashion_mnist, or a .npy, .npz, .csv, .parquet or .zarr file.")
+    ] = "digits",
     data_root: Annotated[str | None, _option("Folder of torchvision's data sets.")] = None,
     binarize: Annotated[
         str | None, _option("dynamic, static, threshold or none. By default dynamic, for grey data under Bernoulli.")
@@ -72,6 +74,10 @@ def fit(
     valid: Annotated[float | None, _option("Data held out for validation: a fraction or a count.")] = None,
     test: Annotated[float | None, _option("Data held out for testing: a fraction or a count.")] = None,
     data_seed: Annotated[int, _option("Seed of splits, binarization and noise.")] = 0,
+    in_memory: Annotated[
+        bool | None,
+        _option("Read a .npy or .zarr file into memory. [default: where it takes a quarter of the memory at most]"),
+    ] = None,
     latent: Annotated[int | None, _option("Latent dimensions. [default: 20]", "--latent")] = None,
     network: Annotated[str | None, _option("Network of encoder and decoder. [default: MLP()]")] = None,
     prior: Annotated[str | None, _option("Prior. [default: StandardNormal()]")] = None,
@@ -95,6 +101,7 @@ def fit(
         bool | None,
         _option("Set the output bias from the data's mean first. [default: where the likelihood can]"),
     ] = None,
+    num_workers: Annotated[int, _option("Threads that read a file that stays on disk (one at least).")] = 0,
     compile: Annotated[bool | None, _option("Compile the training step, or do not. [default: where it pays]")] = None,
     out: Annotated[
         Path | None, _option("Run directory. [default: the first free of runs/DATA, runs/DATA-2, ...]")
@@ -135,7 +142,7 @@ def fit(
             f"expected --program (which a configuration names) or its parts, got --{next(iter(chosen))} too"
         )
     held: Any = {"labels": labels, "valid": valid, "test": test}
-    asked: Any = {"root": data_root, "dequantize": dequantize, "seed": data_seed, **held}
+    asked: Any = {"root": data_root, "dequantize": dequantize, "seed": data_seed, "in_memory": in_memory, **held}
     splits = pyro_vae.data.load(data, binarize=binarize or "none", **asked)
 
     # Written out and read back, so that the file of this run builds the very same weights again.
@@ -167,6 +174,7 @@ def fit(
         strategy=strategy,
         seed=seed,
         start_at_mean=_can_start_at_mean(built) if start_at_mean is None else start_at_mean,
+        num_workers=num_workers,
         compile="auto" if compile is None else compile,
         out=run,
         resume=resume,
@@ -180,7 +188,7 @@ def fit(
     output.say(f"run directory: {run}")
 
 
-def _build(train: InMemory, chosen: dict[str, Any], trust: bool) -> nn.Module:
+def _build(train: InMemory | OnDisk, chosen: dict[str, Any], trust: bool) -> nn.Module:
     """The program of the chosen parts. A table's columns differ in scale, and are standardized for the encoder."""
     standardize = None
     if train.columns is not None:
@@ -190,7 +198,7 @@ def _build(train: InMemory, chosen: dict[str, Any], trust: bool) -> nn.Module:
     return expressions.build(train.event_shape, **chosen, size=len(train), standardize=standardize, trust=trust)
 
 
-def _fit(program: Program, train: InMemory, *, out: Path, **options: Any) -> pyro_vae.training.Fitted:
+def _fit(program: Program, train: InMemory | OnDisk, *, out: Path, **options: Any) -> pyro_vae.training.Fitted:
     try:
         return pyro_vae.fit(program, train, out=out, **options)
     except KeyboardInterrupt as interruption:
@@ -381,7 +389,9 @@ def components(debug: Debug = False) -> None:
     output.list_components()
 
 
-def _load(run: Path, data: str | None, root: str | None, device: str, trust: bool) -> tuple[nn.Module, InMemory]:
+def _load(
+    run: Path, data: str | None, root: str | None, device: str, trust: bool
+) -> tuple[nn.Module, InMemory | OnDisk]:
     program = pyro_vae.load(run, trust=trust)
     config = runs.read_config(run)
     asked: Any = {name.removeprefix("data_"): config.get(name) for name in DATA}
@@ -400,10 +410,10 @@ def _load(run: Path, data: str | None, root: str | None, device: str, trust: boo
     return program.to(fabric(device).device), test
 
 
-def _first(test: InMemory, num_data: int | None) -> InMemory:
+def _first(test: InMemory | OnDisk, num_data: int | None) -> InMemory | OnDisk:
     if num_data is not None and num_data < 1:
         raise ValueError(f"--num-data: expected a positive number, got {num_data}")
-    return test.select(slice(num_data))
+    return test if num_data is None else test.select(slice(num_data)).loaded()
 
 
 def _can_start_at_mean(program: Program) -> bool:
