@@ -21,6 +21,10 @@ EXAMPLES = {
     "benchmarks/estimators.py": [
         "--data-root", "{root}", "--minutes", "0.01", "--test", "20", "--particles", "2", "--json", "results.json",
     ],
+    "benchmarks/precision.py": [
+        "--data-root", "{root}", "--seeds", "1", "--epochs", "1", "--train", "1000", "--test", "20", "--particles", "2",
+        "--no-compile",
+    ],
     "benchmarks/speed.py": [
         "--only", "epoch", "likelihood", "--batch-sizes", "32", "--contestants", "pyro_vae, not compiled",
         "pyro.infer.SVI", "PyTorch by hand", "matrix products alone", "--steps", "2", "--rounds", "2", "--images", "2",
