@@ -2,6 +2,7 @@
 
 from pyro_vae import (
     comparison,
+    compilation,
     data,
     diagnostics,
     estimators,
@@ -27,6 +28,7 @@ __all__ = [
     "VAE",
     "build",
     "comparison",
+    "compilation",
     "data",
     "diagnostics",
     "estimators",

@@ -21,10 +21,17 @@ EXAMPLES = {
     "benchmarks/estimators.py": [
         "--data-root", "{root}", "--minutes", "0.01", "--test", "20", "--particles", "2", "--json", "results.json",
     ],
+    "benchmarks/precision.py": [
+        "--data-root", "{root}", "--seeds", "1", "--epochs", "1", "--train", "1000", "--test", "20", "--particles", "2",
+        "--no-compile",
+    ],
     "benchmarks/speed.py": [
         "--only", "epoch", "likelihood", "--batch-sizes", "32", "--contestants", "pyro_vae, not compiled",
         "pyro.infer.SVI", "PyTorch by hand", "matrix products alone", "--steps", "2", "--rounds", "2", "--images", "2",
         "--particles", "20",
+    ],
+    "benchmarks/larger_than_memory.py": [
+        "--gigabytes", "0.002", "--beside", "1000", "--batch-size", "500", "--hidden", "8", "--chunk", "256",
     ],
     "reproductions/frey_faces.py": [
         "--data", "{root}/frey_faces/frey_faces.npz", "--seeds", "1", "--epochs", "1", "--latent", "2", "--hidden", "8",
@@ -49,6 +56,7 @@ def test_every_example_is_listed():
 
 # Those on data that are read from a folder take longest.
 SLOW = [name for name, arguments in EXAMPLES.items() if any("{root}" in argument for argument in arguments)]
+SLOW.append("benchmarks/larger_than_memory.py")  # four processes
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EXAMPLES])

@@ -53,6 +53,7 @@ def test_the_configuration_says_everything(trained):
         "seed": 3,
         "start_at_mean": False,
         "compile": "auto",
+        "num_workers": 0,
     }
     assert recorded["event_shape"] == [1, 8, 8]
     assert recorded["torch"] == torch.__version__.partition("+")[0]

@@ -226,7 +226,7 @@ def parse():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps in a turn (default: those of a second or so)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(AGAINST_SVI), help="of the work epoch")
-    parser.add_argument("--images", type=int, default=100, help="images in a turn of the work likelihood")
+    parser.add_argument("--images", type=int, default=EVALUATED, help="images in a turn of the work likelihood")
     parser.add_argument("--particles", type=int, default=5000)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 100_000, 1_000_000], help="of data sets")
     parser.add_argument("--visits", type=int, default=1_000_000, help="data in a turn of the work scale")

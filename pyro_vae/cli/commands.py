@@ -17,7 +17,7 @@ from pyro_vae.cli import output
 from pyro_vae.cli.arguments import Debug, Device, NumParticles, Run, Trust, option
 from pyro_vae.cli.configuration import DATA
 from pyro_vae.cli.fitting import fit
-from pyro_vae.data import InMemory
+from pyro_vae.data import InMemory, OnDisk
 from pyro_vae.files import replacing
 from pyro_vae.training.options import fabric
 
@@ -228,7 +228,9 @@ def components(debug: Debug = False) -> None:
     output.list_components()
 
 
-def _load(run: Path, data: str | None, root: str | None, device: str, trust: bool) -> tuple[nn.Module, InMemory]:
+def _load(
+    run: Path, data: str | None, root: str | None, device: str, trust: bool
+) -> tuple[nn.Module, InMemory | OnDisk]:
     program = pyro_vae.load(run, trust=trust)
     config = runs.read_config(run)
     asked: Any = {name.removeprefix("data_"): config.get(name) for name in DATA}
@@ -247,7 +249,7 @@ def _load(run: Path, data: str | None, root: str | None, device: str, trust: boo
     return program.to(fabric(device).device), test
 
 
-def _first(test: InMemory, num_data: int | None) -> InMemory:
+def _first(test: InMemory | OnDisk, num_data: int | None) -> InMemory | OnDisk:
     if num_data is not None and num_data < 1:
         raise ValueError(f"--num-data: expected a positive number, got {num_data}")
-    return test.select(slice(num_data))
+    return test if num_data is None else test.select(slice(num_data)).loaded()

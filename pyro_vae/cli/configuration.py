@@ -9,9 +9,9 @@ from pyro_vae import runs
 
 __all__ = ["DATA", "expanded"]
 
-DATA = ("data", "data_root", "binarize", "dequantize", "labels", "valid", "test", "data_seed")
+DATA = ("data", "data_root", "binarize", "dequantize", "labels", "valid", "test", "data_seed", "in_memory")
 _FIT = ("program", "estimator", "anneal", "epochs", "batch_size", "lr", "optimizer", "lr_schedule", "device")
-_RUN = ("precision", "devices", "num_nodes", "strategy", "seed", "start_at_mean", "compile", "recorded")
+_RUN = ("precision", "devices", "num_nodes", "strategy", "seed", "start_at_mean", "num_workers", "compile", "recorded")
 _CONFIGURED = (*DATA, *_FIT, *_RUN)
 
 

@@ -14,7 +14,7 @@ import pyro_vae
 from pyro_vae import expressions, runs
 from pyro_vae.cli import output
 from pyro_vae.cli.arguments import Debug, Device, NumParticles, Trust, option
-from pyro_vae.data import InMemory, Splits
+from pyro_vae.data import InMemory, OnDisk, Splits
 from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.networks import Standardized
 from pyro_vae.programs import Program
@@ -25,7 +25,9 @@ __all__ = ["fit"]
 
 
 def fit(
-    data: Annotated[str, option("digits, mnist, fashion_mnist, or a .npy, .npz, .csv or .parquet file.")] = "digits",
+    data: Annotated[
+        str, option("digits, mnist, fashion_mnist, or a .npy, .npz, .csv, .parquet or .zarr file.")
+    ] = "digits",
     data_root: Annotated[str | None, option("Folder of torchvision's data sets.")] = None,
     binarize: Annotated[
         str | None, option("dynamic, static, threshold or none. By default dynamic, for grey data under Bernoulli.")
@@ -37,6 +39,10 @@ def fit(
     valid: Annotated[float | None, option("Data held out for validation: a fraction or a count.")] = None,
     test: Annotated[float | None, option("Data held out for testing: a fraction or a count.")] = None,
     data_seed: Annotated[int, option("Seed of splits, binarization and noise.")] = 0,
+    in_memory: Annotated[
+        bool | None,
+        option("Read a .npy or .zarr file into memory. [default: where it takes a quarter of the memory at most]"),
+    ] = None,
     latent: Annotated[int | None, option("Latent dimensions. [default: 20]", "--latent")] = None,
     network: Annotated[str | None, option("Network of encoder and decoder. [default: MLP()]")] = None,
     prior: Annotated[str | None, option("Prior. [default: StandardNormal()]")] = None,
@@ -60,6 +66,7 @@ def fit(
         bool | None,
         option("Set the output bias from the data's mean first. [default: where the likelihood can]"),
     ] = None,
+    num_workers: Annotated[int, option("Threads that read a file that stays on disk (one at least).")] = 0,
     compile: Annotated[bool | None, option("Compile the training step, or do not. [default: where it pays]")] = None,
     out: Annotated[
         Path | None, option("Run directory. [default: the first free of runs/DATA, runs/DATA-2, ...]")
@@ -100,7 +107,7 @@ def fit(
             f"expected --program (which a configuration names) or its parts, got --{next(iter(chosen))} too"
         )
     held: Any = {"labels": labels, "valid": valid, "test": test}
-    asked: Any = {"root": data_root, "dequantize": dequantize, "seed": data_seed, **held}
+    asked: Any = {"root": data_root, "dequantize": dequantize, "seed": data_seed, "in_memory": in_memory, **held}
     splits = pyro_vae.data.load(data, binarize=binarize or "none", **asked)
 
     # Written out and read back, so that the file of this run builds the very same weights again.
@@ -132,6 +139,7 @@ def fit(
         strategy=strategy,
         seed=seed,
         start_at_mean=_can_start_at_mean(built) if start_at_mean is None else start_at_mean,
+        num_workers=num_workers,
         compile="auto" if compile is None else compile,
         out=run,
         resume=resume,
@@ -145,7 +153,7 @@ def fit(
     output.say(f"run directory: {run}")
 
 
-def _build(train: InMemory, chosen: dict[str, Any], trust: bool) -> nn.Module:
+def _build(train: InMemory | OnDisk, chosen: dict[str, Any], trust: bool) -> nn.Module:
     """The program of the chosen parts. A table's columns differ in scale, and are standardized for the encoder."""
     standardize = None
     if train.columns is not None:
@@ -155,7 +163,7 @@ def _build(train: InMemory, chosen: dict[str, Any], trust: bool) -> nn.Module:
     return expressions.build(train.event_shape, **chosen, size=len(train), standardize=standardize, trust=trust)
 
 
-def _fit(program: Program, train: InMemory, *, out: Path, **options: Any) -> pyro_vae.training.Fitted:
+def _fit(program: Program, train: InMemory | OnDisk, *, out: Path, **options: Any) -> pyro_vae.training.Fitted:
     try:
         return pyro_vae.fit(program, train, out=out, **options)
     except KeyboardInterrupt as interruption:

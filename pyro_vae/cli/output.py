@@ -17,7 +17,7 @@ from pyro.poutine.util import prune_subsample_sites
 import pyro_vae
 from pyro_vae import evaluation, plots, runs
 from pyro_vae.catalogue import KINDS, entries
-from pyro_vae.data import InMemory
+from pyro_vae.data import InMemory, OnDisk
 from pyro_vae.files import replacing
 from pyro_vae.programs import Program, undisturbed
 
@@ -47,7 +47,7 @@ OTHERS = (
 
 
 def evaluate(
-    run: Path, program: Program, test: InMemory, num_particles: int, seed: int = 0, write: bool = True
+    run: Path, program: Program, test: InMemory | OnDisk, num_particles: int, seed: int = 0, write: bool = True
 ) -> None:
     """Evaluate a program on test data; write the metrics, and show them."""
     with _progress(f"evaluation, {num_particles} particles") as advance:
@@ -90,9 +90,9 @@ def _table(metrics: dict[str, Any], num_data: int) -> None:
     Console().print(table)
 
 
-def write_figures(run: Path, program: Program, test: InMemory, history: Any) -> None:
+def write_figures(run: Path, program: Program, test: InMemory | OnDisk, history: Any) -> None:
     """Write the figures of a run."""
-    few, many = (test.select(slice(n)) for n in (64, 5000))
+    few, many = (test.select(slice(n)).loaded() for n in (64, 5000))
     reconstructed = evaluation.reconstruct(program, few)
     figures = {
         "training": plots.training_curve(history),
@@ -144,7 +144,7 @@ def _progress(title: str) -> Iterator[Callable[[float], None]]:
         yield lambda share: bar.advance(task, share)
 
 
-def record_columns(run: Path, data: InMemory) -> None:
+def record_columns(run: Path, data: InMemory | OnDisk) -> None:
     """Add to a run's configuration what its columns were, so that `sample` can write tables."""
     if data.columns is not None:
         config = runs.read_config(run)

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from pyro_vae.comparison.left_out import LOW_SHARE
 from pyro_vae.comparison.measures import check_measures, measure
-from pyro_vae.data import InMemory, as_source
+from pyro_vae.data import InMemory, OnDisk, as_source
 from pyro_vae.diagnostics import Verdict
 from pyro_vae.diagnostics.khat import FEWEST_PARTICLES, largest_shape, pareto_shapes, summed
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE
@@ -177,7 +177,7 @@ def models(
 def _fixed(programs: Mapping[str, Program], data: Any, seed: int) -> Any:
     """The data in one order, with all that is random in them drawn once."""
     source = as_source(data)
-    if isinstance(source, InMemory):
+    if isinstance(source, InMemory | OnDisk):
         return source.frozen(seed)
     program = max(programs.values(), key=num_inputs)
     batches = checked_batches(program, source, 1)

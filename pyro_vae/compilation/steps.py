@@ -85,15 +85,6 @@ class CompiledStep:
 
     Raises:
         NotCompilableError: See `compile_step`.
-
-    Example:
-        >>> import pyro_vae
-        >>> from pyro.infer import Trace_ELBO
-        >>> data = torch.ones(100, 8, 8, dtype=torch.uint8)
-        >>> objective = Objective(pyro_vae.build((8, 8), latent=2), Trace_ELBO())
-        >>> step = CompiledStep(objective, (torch.arange(5),), lambda rows: [data[rows].float()])
-        >>> step(torch.arange(10, 15)).shape
-        torch.Size([3])
     """
 
     def __init__(

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from pyro_vae.data.disk import OnDisk, is_on_disk
 from pyro_vae.data.loading import Splits
-from pyro_vae.data.sets import InMemory, to_float
+from pyro_vae.data.reading import Plan, end, loader, no_interrupts, read_ahead
+from pyro_vae.data.sets import InMemory, Served, to_float
 from pyro_vae.programs import MANY, Program, num_inputs, placement
 
 __all__ = ["Batches", "as_source"]
@@ -20,6 +22,8 @@ __all__ = ["Batches", "as_source"]
 
 def as_source(data: Any) -> Dataset | DataLoader:
     """A tensor, array, table, `(x, y)` pair, `Dataset` or `DataLoader` as something that batches are drawn from.
+
+    A memory map and a Zarr array stay on disk.
 
     Raises:
         ValueError: If it is something else.
@@ -32,8 +36,11 @@ def as_source(data: Any) -> Dataset | DataLoader:
         return data
     if isinstance(data, Splits | str | dict):
         raise ValueError(f"data: expected a tensor, array, Dataset or DataLoader, got {type(data).__name__}")
-    if isinstance(data, tuple) and len(data) == 2:
-        return InMemory(*data)
+    pair = data if isinstance(data, tuple) and len(data) == 2 else (data,)
+    if is_on_disk(pair[0]):
+        return OnDisk(*pair)
+    if len(pair) == 2:
+        return InMemory(*pair)
     try:
         return InMemory(data)
     except TypeError:
@@ -43,12 +50,17 @@ def as_source(data: Any) -> Dataset | DataLoader:
 class Batches:
     """Batches of data on the program's device, one epoch at a time, in an order that the seed and the epoch fix.
 
+    Data on disk are read by threads while the program computes, a `Dataset` by the processes of a `DataLoader`, where
+    there are any.
+
     Args:
         data: Anything that `as_source` takes. A `DataLoader` keeps its own batch size and order (and a run that was
-            stopped within an epoch of one that shuffles goes on with another order).
+            stopped within an epoch of one that shuffles goes on with another order), an `IterableDataset` its order.
         program: The program, which says how many tensors of a batch it takes, and their device and dtype.
         batch_size: Data in a batch; the last one of an epoch may be smaller.
         seed: Seed of the order; None keeps the order of the data.
+        num_workers: Processes that read a `Dataset` (0 reads it between steps; an `IterableDataset` has one at most, as
+            each would read all of it), or threads that read data on disk (always one at least). The order is the same.
 
     Raises:
         ValueError: If the batch size is not in [1, number of data], or the data have no length.
@@ -60,18 +72,22 @@ class Batches:
         [4, 4, 2]
     """
 
-    def __init__(self, data: Any, program: Program, batch_size: int, seed: int | None = None):
+    def __init__(self, data: Any, program: Program, batch_size: int, seed: int | None = None, num_workers: int = 0):
         self.source: Any = as_source(data)
         self.device, self.dtype = placement(program)
         self.num_inputs = num_inputs(program)
         self.batch_size = batch_size
         self.seed = seed
         self.rank, self.count = 0, 1  # of the processes that share each batch
+        self.num_workers = num_workers
+        self._plan = Plan()
+        self._started_loader: DataLoader | None = None
         sized: Any = self.source.dataset if isinstance(self.source, DataLoader) else self.source
         try:
             self.num_data = len(sized)
         except TypeError:
-            raise ValueError("data: expected a Dataset or DataLoader with a length, got one without") from None
+            wanted = "a length, as steps are counted in advance (an IterableDataset may say with __len__"
+            raise ValueError(f"data: expected {wanted} how many data an epoch has), got none") from None
         if self.num_data == 0:
             raise ValueError("data: expected at least one datum, got none")
         if not isinstance(self.source, DataLoader) and not 1 <= batch_size <= self.num_data:
@@ -93,29 +109,70 @@ class Batches:
         if isinstance(self.source, InMemory):
             for rows in self._order(epoch).to(self.device).split(self.batch_size)[skip:]:
                 yield (rows[self._share(len(rows))], *self.source.tensors)
-            return
-        loader = self.source
-        if not isinstance(loader, DataLoader):
-            order, generator = self._order(epoch).tolist(), torch.Generator()  # else it draws from the global state
-            loader = DataLoader(self.source, batch_size=self.batch_size, sampler=order, generator=generator)
-        if skip == 0 and self.count == 1:
-            yield from map(self._tensors, loader)
-            return
+        elif isinstance(self.source, OnDisk):
+            yield from self._read(epoch, skip)
+        else:
+            yield from self._streamed(epoch, skip)
+
+    def _read(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, ...]]:
+        """Batches of data on disk. Rows are read in their order in the file, many batches' at once."""
+        size = self.source.part(self.batch_size, shuffled=self.seed is not None)
+        parts = self._order(epoch)[skip * self.batch_size :].split(size)
+
+        def read(part: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+            rising, order = part.sort()
+            tensors = self.source.read(rising, self.num_inputs)
+            return order.argsort().to(self.device), tuple(tensor.to(self.device) for tensor in tensors)
+
+        for places, tensors in read_ahead(read, parts, max(1, self.num_workers)):
+            for batch in places.split(self.batch_size):
+                yield self._tensors([tensor[batch] for tensor in tensors])
+
+    def _streamed(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, ...]]:
+        """Batches of a loader, the user's or our own."""
+        ours = not isinstance(self.source, DataLoader)
+        left = len(self) - skip
+        if ours and not isinstance(self.source, IterableDataset):  # what is skipped is not read
+            self._plan.batches = self._order(epoch).split(self.batch_size)[skip:]
+            skip = 0
+        source = self._loader(epoch) if ours else self.source
         # What is skipped was drawn before the checkpoint, whose random state must not be touched again.
-        with torch.random.fork_rng([]):
+        apart = skip > 0 or self.count > 1
+        with torch.random.fork_rng([], enabled=apart):
             if self.count > 1:  # processes have random states of their own, and must draw the same order
-                torch.manual_seed(self._epoch_seed(epoch))
-            rest = itertools.islice(loader, skip, None)
-            batch = next(rest, None)
-        while batch is not None:
+                torch.manual_seed(self._state(epoch))
+            with no_interrupts():
+                started = iter(source)
+            rest = itertools.islice(started, skip, skip + left)
+            first = list(itertools.islice(rest, 1)) if apart else []
+        for batch in itertools.chain(first, rest):
             yield self._tensors(batch)
-            batch = next(rest, None)
+            left -= 1
+        if left > 0:
+            raise ValueError(f"data: expected {len(self)} batches in an epoch, as its length says, got {left} fewer")
+
+    def _loader(self, epoch: int) -> DataLoader:
+        """Our loader of a `Dataset`, the same one in every epoch."""
+        if self._started_loader is None:
+            if isinstance(self.source, IterableDataset):
+                how: dict[str, Any] = {"num_workers": min(self.num_workers, 1), "batch_size": self.batch_size}
+            else:
+                how = {"num_workers": self.num_workers, "batch_sampler": self._plan}
+            self._started_loader = loader(self.source, self.device, self._state(epoch), **how)
+        return self._started_loader
+
+    def close(self) -> None:
+        """End the processes that read, if there are any; another epoch starts them anew."""
+        end(self._started_loader)
+        self._started_loader = None
 
     def prepare(self, *raw: Tensor) -> tuple[Tensor, ...]:
         """A batch of what `raw` gave, by computations on tensors alone, so that they can be compiled."""
         if isinstance(self.source, InMemory):
             rows, x, *y = raw
-            raw = self.source.serve(x[rows], *(labels[rows] for labels in y))
+            raw = x[rows], *(labels[rows] for labels in y)
+        if isinstance(self.source, Served):
+            raw = self.source.serve(*raw)
         if len(raw) < self.num_inputs < MANY:
             expected = f"expected {self.num_inputs} tensors in a batch, such as (x, exposure)"
             raise ValueError(f"data: {expected}, got {len(raw)}")
@@ -130,9 +187,13 @@ class Batches:
     def _order(self, epoch: int) -> Tensor:
         if self.seed is None:
             return torch.arange(self.num_data)
-        return torch.randperm(self.num_data, generator=torch.Generator().manual_seed(self._epoch_seed(epoch)))
+        generator = torch.Generator().manual_seed(self._state(epoch))
+        if isinstance(self.source, OnDisk):
+            return self.source.order(generator, self.batch_size)
+        return torch.randperm(self.num_data, generator=generator)
 
-    def _epoch_seed(self, epoch: int) -> int:
+    def _state(self, epoch: int) -> int:
+        """Seed of an epoch."""
         return int(np.random.SeedSequence((self.seed or 0, epoch)).generate_state(1)[0])
 
     def _share(self, size: int) -> slice:

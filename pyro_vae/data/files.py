@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from pyro_vae.data.tables import is_table, with_categories
 __all__ = ["read_digits", "read_file", "read_torchvision"]
 
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
-SUFFIXES = (".npy", ".npz", ".csv", ".parquet")
+SUFFIXES = (".npy", ".npz", ".csv", ".parquet", ".zarr")
+MEMORY_SHARE = 0.25  # of the machine's memory: a file of more stays on disk, as its splits are another copy
 
 
 def read_digits() -> tuple[Tensor, Tensor]:
@@ -58,28 +60,37 @@ def read_torchvision(name: str, root: Path, train: bool) -> tuple[Tensor, Tensor
     return loaded.data[:, None], loaded.targets
 
 
-def read_file(path: Path, labels: str | None) -> tuple[Any, Any]:
+def read_file(path: Path, labels: str | None, in_memory: bool | None = None) -> tuple[Any, Any]:
     """Data and labels (or None) of a file: an array, or a `DataFrame` whose text columns are categoricals.
+
+    Arrays of `.npy` and `.zarr` that are not to be in memory, or are too large for it, are given as they are on disk.
 
     Args:
         path: The file.
-        labels: Column, or array of an `.npz` file, that holds labels.
+        labels: Column, or array of an `.npz` file or a Zarr group, that holds labels.
+        in_memory: Whether to read all of it; None does where it takes a quarter of the machine's memory at most.
 
     Raises:
         ValueError: If there is no such file, or it holds no data of this kind.
     """
-    if not path.is_file():
+    if not (path.is_dir() if path.suffix == ".zarr" else path.is_file()):
         raise ValueError(f"data: no such file: {path}")
+    if in_memory is False and path.suffix not in (".npy", ".zarr"):
+        raise ValueError(f"in_memory=False: expected a .npy or .zarr file, got {path.name}")
     try:
         if path.suffix == ".npy":
-            x, y = np.load(path, allow_pickle=False), None
+            on_disk = _stays(path.stat().st_size, in_memory)
+            x, y = np.load(path, mmap_mode="r" if on_disk else None, allow_pickle=False), None
+        elif path.suffix == ".zarr":
+            x, y = _zarr(path, labels, in_memory)
         elif path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 x, y = _arrays(path, {name: file[name] for name in file.files}, labels)
         else:
             x, y = _table(path, labels)
     except ImportError as error:
-        raise ValueError(f"data: {path} needs pyarrow: pip install 'pyro-vae[parquet]'") from error
+        package, extra = ("zarr", "zarr") if path.suffix == ".zarr" else ("pyarrow", "parquet")
+        raise ValueError(f"data: {path} needs {package}: pip install 'pyro-vae[{extra}]'") from error
     except (OSError, EOFError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"data: {path} holds no array: {str(error).splitlines()[0]}") from error
     except ValueError as error:
@@ -90,13 +101,35 @@ def read_file(path: Path, labels: str | None) -> tuple[Any, Any]:
         raise ValueError(f"data: {path} holds no array: {message}") from error
     if is_table(x):
         return x, y
-    x = np.asarray(x)
     if x.ndim == 0 or x.dtype.kind not in "buif":
         raise ValueError(f"data: {path}: expected an array of numbers, got dtype {x.dtype} and shape {x.shape}")
-    return (x[:, None] if x.ndim == 3 else x), y
+    return (x[:, None] if x.ndim == 3 and isinstance(x, np.ndarray) else x), y
 
 
-def _arrays(path: Path, arrays: dict[str, np.ndarray], labels: str | None) -> tuple[Any, Any]:
+def _stays(size: int, in_memory: bool | None) -> bool:
+    """Whether an array of so many bytes stays on disk."""
+    if in_memory is not None:
+        return not in_memory
+    # Windows does not say, and Python without a further package neither.
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**34
+    return size > MEMORY_SHARE * memory
+
+
+def _zarr(path: Path, labels: str | None, in_memory: bool | None) -> tuple[Any, Any]:
+    import zarr
+
+    opened = zarr.open(path, mode="r")
+    if isinstance(opened, zarr.Array):
+        if labels:
+            raise ValueError(f"data: {path}: expected an array {labels!r}, got a store of one array")
+        x, y = opened, None
+    else:
+        x, y = _arrays(path, dict(opened.arrays()), labels)
+    return (x, y) if _stays(x.nbytes, in_memory) else (x[...], None if y is None else y[...])
+
+
+def _arrays(path: Path, arrays: dict[str, Any], labels: str | None) -> tuple[Any, Any]:
+    """Data and labels (or None) of named arrays."""
     label_names = (labels,) if labels else ("y", "labels")
     if labels and labels not in arrays:
         raise ValueError(f"data: {path}: expected an array {labels!r}, got {', '.join(arrays)}")

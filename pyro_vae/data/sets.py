@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from pyro_vae.data.tables import encode, is_table
 
-__all__ = ["InMemory", "as_tensor", "check_noise", "to_float"]
+__all__ = ["CELLS", "InMemory", "Served", "as_tensor", "check_grid", "check_noise", "check_unit", "to_float"]
 
 BINARIZATIONS = ("dynamic", "static", "threshold", "none")
 _PART = 4096  # data that are floats at a time, where all are gone through
@@ -19,11 +19,43 @@ _PART = 4096  # data that are floats at a time, where all are gone through
 # The noise of dequantization takes the midpoints of 2^14 cells. They are odd multiples of 2^-15, never 0 or 1, and
 # their sum with a level below 2^9 has 24 binary digits, as many as float32 holds: nothing is rounded to 0 or 1, where
 # a density on (0, 1) may be infinite. With torch.rand it would be, which gives 0 itself, and 255 and it may make 256.
-_CELLS = 2**14
+CELLS = 2**14
 _MAX_BINS = 2**9
 
 
-class InMemory(Dataset):
+class Served(Dataset):
+    """Data of a compact dtype that are served as floats, with what is random in them drawn."""
+
+    columns: tuple[str, ...] | None = None
+    categories: dict[str, tuple]
+    binarize: str | None
+    dequantize: int | None
+    redrawn: bool
+    source: dict | None
+
+    def serve(self, x: Tensor, *y: Tensor) -> tuple[Tensor, ...]:
+        """Data of the kept dtype as they are served: as floats, with what is random in them drawn."""
+        x = to_float(x)
+        return (self._drawn(x) if self.redrawn else x, *y)
+
+    def _drawn(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if self.dequantize is None:
+            return torch.bernoulli(x, generator=generator)
+        return self._dequantized(x, torch.randint(CELLS, x.shape, generator=generator, device=x.device))
+
+    def _dequantized(self, x: Tensor, cells: Tensor) -> Tensor:
+        bins: Any = self.dequantize
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return ((x * (bins - 1)).round() + (cells.to(x.dtype) + 0.5) / CELLS) / bins
+
+    def _with(self, **changed: Any) -> Any:
+        """The same data with some attributes changed."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, **changed)
+        return other
+
+
+class InMemory(Served):
     r"""Data in memory, kept in the compact dtype that it came in, and served as floats.
 
     `uint8` holds images and is served divided by 255, unless it is 0 and 1 alone; `bool` is served as 0 and 1; other
@@ -71,8 +103,7 @@ class InMemory(Dataset):
         dequantize: int | None = None,
     ):
         check_noise(binarize, dequantize)
-        self.columns: tuple[str, ...] | None = None
-        self.categories: dict[str, tuple] = {}
+        self.categories = {}
         if is_table(x):
             x, self.columns, self.categories = encode(x)
         self.x = as_tensor(x)
@@ -93,31 +124,15 @@ class InMemory(Dataset):
         if self.binarize is not None:
             self._binarize(seed)
         if dequantize is not None:
-            self._check_grid(dequantize)
+            for part in self.x.split(_PART):
+                check_grid(part, dequantize)
 
     def _binarize(self, seed: int) -> None:
-        low, high = to_float(self.x.min()).item(), to_float(self.x.max()).item()
-        if low < 0 or high > 1:
-            raise ValueError(f"binarize: expected values in [0, 1], got values from {low:g} to {high:g}")
+        check_unit(self.x)
         if self.binarize == "static":
             self.x = self._drawn_once(seed)
         elif self.binarize == "threshold":
             self.x = torch.cat([to_float(part) > 0.5 for part in self.x.split(_PART)])
-
-    def _check_grid(self, bins: int) -> None:
-        for part in self.x.split(_PART):
-            levels = to_float(part) * (bins - 1)
-            off = (levels - levels.round().clamp(0, bins - 1)).abs() > 1e-3  # room for the rounding of i / (bins - 1)
-            if off.any():
-                value = to_float(part)[off][0].item()
-                raise ValueError(f"dequantize: expected values on the grid i / {bins - 1} in [0, 1], got {value:g}")
-
-    def _drawn(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        if self.dequantize is None:
-            return torch.bernoulli(x, generator=generator)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        cells = torch.randint(_CELLS, x.shape, generator=generator, device=x.device).to(x.dtype)
-        return ((x * (self.dequantize - 1)).round() + (cells + 0.5) / _CELLS) / self.dequantize
 
     def _drawn_once(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -149,11 +164,6 @@ class InMemory(Dataset):
         """The data as they are kept, and the labels, if there are any."""
         return (self.x,) if self.y is None else (self.x, self.y)
 
-    def serve(self, x: Tensor, *y: Tensor) -> tuple[Tensor, ...]:
-        """Data of the kept dtype as they are served: as floats, with what is random in them drawn."""
-        x = to_float(x)
-        return (self._drawn(x) if self.redrawn else x, *y)
-
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """What a `DataLoader` asks for."""
         return [self[i] for i in indices]
@@ -178,6 +188,10 @@ class InMemory(Dataset):
         """The same data on a device."""
         return self._with(x=self.x.to(device), y=None if self.y is None else self.y.to(device))
 
+    def loaded(self) -> InMemory:
+        """The same data in memory, where these are."""
+        return self
+
     def select(self, rows: Any) -> InMemory:
         """The data of these rows, a slice or a tensor of indices.
 
@@ -186,11 +200,6 @@ class InMemory(Dataset):
             3
         """
         return self._with(x=self.x[rows], y=None if self.y is None else self.y[rows])
-
-    def _with(self, **changed: Any) -> InMemory:
-        other = object.__new__(InMemory)
-        other.__dict__.update(self.__dict__, **changed)
-        return other
 
 
 def check_noise(binarize: str | None, dequantize: int | None) -> None:
@@ -207,6 +216,22 @@ def check_noise(binarize: str | None, dequantize: int | None) -> None:
         raise ValueError(f"dequantize: expected 2 to {_MAX_BINS} grey levels, got {dequantize}")
     if binarize not in (None, "none"):
         raise ValueError(f"expected one of binarize and dequantize, got binarize={binarize!r}, dequantize={dequantize}")
+
+
+def check_unit(x: Tensor) -> None:
+    """Raise `ValueError` unless data to binarize are in [0, 1]."""
+    low, high = to_float(x.min()).item(), to_float(x.max()).item()
+    if low < 0 or high > 1:
+        raise ValueError(f"binarize: expected values in [0, 1], got values from {low:g} to {high:g}")
+
+
+def check_grid(x: Tensor, bins: int) -> None:
+    """Raise `ValueError` unless data to dequantize are on the grid."""
+    levels = to_float(x) * (bins - 1)
+    off = (levels - levels.round().clamp(0, bins - 1)).abs() > 1e-3  # room for the rounding of i / (bins - 1)
+    if off.any():
+        value = to_float(x)[off][0].item()
+        raise ValueError(f"dequantize: expected values on the grid i / {bins - 1} in [0, 1], got {value:g}")
 
 
 def as_tensor(x: Any) -> Tensor:

@@ -41,7 +41,7 @@ def log_likelihood(
             chains. Memory does not depend on it.
         method: "importance", or "ais" for annealed importance sampling.
         seed: Seed of the particles or chains.
-        compile: Whether to compile a pass of particles: "auto" does so where all would take more than half a minute
+        compile: Whether to compile a pass of particles: "auto" does so where all would take more than 20 seconds
             without. What cannot be compiled is warned of, and runs as it is.
         progress: Whether to show a progress bar past two seconds.
 

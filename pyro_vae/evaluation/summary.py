@@ -19,7 +19,7 @@ from pyro_vae.programs import Program, undisturbed
 
 __all__ = ["Summary", "elbo", "rate_distortion", "summarize"]
 
-WORTH_COMPILING = 30.0  # seconds that all passes would take; compiling takes some ten, and saves half or more
+WORTH_COMPILING = 20.0  # seconds that all passes would take; compiling takes five or ten, and saves half of them
 
 
 class Summary(NamedTuple):
@@ -60,7 +60,7 @@ def summarize(
         data: Tensor, array, `Dataset` or `DataLoader`.
         num_particles: Number `K` of particles a datum.
         seed: Seed of the particles.
-        compile: Whether to compile a pass: "auto" does so where all passes would take more than half a minute without.
+        compile: Whether to compile a pass: "auto" does so where all passes would take more than 20 seconds without.
             What cannot be compiled is warned of, and runs as it is.
         advance: Called with the share of the work done since the last call, for a progress bar.
 

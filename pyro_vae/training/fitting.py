@@ -6,6 +6,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ def fit(
     strategy: str = "auto",
     seed: int | None = None,
     start_at_mean: bool = False,
+    num_workers: int = 0,
     compile: str | bool = "auto",
     out: str | os.PathLike | None = None,
     resume: bool = False,
@@ -77,8 +79,8 @@ def fit(
 
     Args:
         program: A module with Pyro programs `model(*batch)` and `guide(*batch)`.
-        data: Tensor, array, `(x, y)` pair, `Dataset` or `DataLoader`. What the program does not take of a batch, such
-            as labels, is left out.
+        data: Tensor, array, `(x, y)` pair, `Dataset` or `DataLoader`; a memory map and a Zarr array stay on disk. What
+            the program does not take of a batch, such as labels, is left out.
         valid: Data for a validation ELBO after each epoch.
         estimator: Any `pyro.infer.ELBO` (default `Trace_ELBO()`).
         anneal: Beta as a function of progress in [0, 1], such as `schedules.Linear(0.1)` (default 1); or a controller,
@@ -103,6 +105,7 @@ def fit(
         seed: Seed of all random numbers; None goes on from the current state.
         start_at_mean: Whether to set the likelihood's output bias from the data's mean first. It saves the first
             epochs, in which many latents are otherwise lost for good.
+        num_workers: Processes that read a `Dataset`, or threads that read data on disk; see `data.Batches`.
         compile: Whether to compile the step (see `pyro_vae.compilation.compile_step`): "auto" does so where the rest of
             the run would take more than a minute without. What cannot be compiled is warned of, and runs as it is.
         out: Run directory to write; None writes nothing. Only the first of several processes writes.
@@ -144,8 +147,9 @@ def fit(
     run = _Run(training, folder, {} if folder is None else _config(training, source, warn), resume)
     if valid is not None:
         evaluation.checked_batches(program, valid, 1)
-    with progress_bar(training, progress and processes.rank == 0) as show, interruptible() as interrupted:
-        for step in training:
+    shown = progress_bar(training, progress and processes.rank == 0)
+    with shown as show, interruptible() as interrupted, closing(iter(training)) as taken:
+        for step in taken:
             run.take(step)
             show(step)
             if training.step % len(training.batches) == 0:

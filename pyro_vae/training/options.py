@@ -52,6 +52,7 @@ class Options:
     strategy: str = "auto"
     seed: int | None = None
     start_at_mean: bool = False
+    num_workers: int = 0
     compile: str | bool = "auto"
 
     def __post_init__(self) -> None:
@@ -59,6 +60,8 @@ class Options:
         self.lr = float(self.lr)
         if self.epochs < 1 or not 0 < self.lr < math.inf:
             raise ValueError(f"expected positive epochs and lr, got epochs={self.epochs}, lr={self.lr}")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers: expected 0 or more, got {self.num_workers}")
         if isinstance(self.lr_schedule, str) and self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}")
         check_compile(self.compile)

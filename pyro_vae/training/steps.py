@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Training:
         self.objective = Objective(program, self.options.estimator)
         placed = self.fabric.setup_module(self.objective)  # before the batches, which go where it is
         order_seed = seed if seed is not None else self.processes.broadcast(int(torch.randint(2**31, ())))
-        self.batches = Batches(data, program, self.options.batch_size, order_seed)
+        self.batches = Batches(data, program, self.options.batch_size, order_seed, asked.num_workers)
         self.gradients = Gradients(self.objective, placed, self.batches, self.fabric, self.options.compile)
         check(program, self.batches)
         if self.options.start_at_mean:
@@ -95,7 +95,13 @@ class Training:
         self.annealed = annealed(self.objective)
         self.step = 0
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Generator[Step]:
+        try:
+            yield from self._steps()
+        finally:
+            self.batches.close()
+
+    def _steps(self) -> Iterator[Step]:
         self.processes.start_alike(self.program, self.batches.num_data)
         if self.options.strategy == "fsdp":
             self.processes.shard(self.optimizer)
@@ -260,7 +266,7 @@ def steps(program: Program, data: Any, **options: Any) -> Iterator[Step]:
     Args:
         program: The program.
         data: Tensor, array, `(x, y)` pair, `Dataset` or `DataLoader`.
-        **options: The arguments of `fit` from `estimator` to `start_at_mean`.
+        **options: The arguments of `fit` from `estimator` to `num_workers`.
 
     Yields:
         A `Step`.

@@ -57,16 +57,18 @@ def progress_bar(training: Training, visible: bool) -> Iterator[Callable[[Step],
     ) as bar:
         training.gradients.announce = bar.console.print if visible else training.gradients.announce
         task = bar.add_task("", total=training.total_steps, completed=training.step, **fields)
-        start, first, shown = time.perf_counter(), training.step, 0.0
-        recent: deque[float] = deque(maxlen=50)  # their median forgets a bad start, and one bad step
+        shown = 0.0
+        # Of some steps, which forget what came before them: a bad start, a compilation; and of ELBOs the median.
+        elbos, times = deque[float](maxlen=50), deque([time.perf_counter()], maxlen=50)
 
         def show(step: Step) -> None:
             nonlocal shown
-            recent.append(step.elbo)
             now = time.perf_counter()
+            elbos.append(step.elbo)
+            times.append(now)
             if now - shown > 0.1 or step.step == training.total_steps:
-                rate = (step.step - first) / (now - start)
-                bar.update(task, completed=step.step, epoch=step.epoch, rate=rate, elbo=median(recent), beta=step.beta)
+                rate = (len(times) - 1) / (now - times[0])
+                bar.update(task, completed=step.step, epoch=step.epoch, rate=rate, elbo=median(elbos), beta=step.beta)
                 shown = now
 
         yield show
