@@ -2,6 +2,7 @@
 
 import operator
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -28,12 +29,14 @@ class Given(nn.Module):
     def __init__(self, size=N):
         super().__init__()
         self.size = size
-        self.loadings = nn.Parameter(torch.linspace(-1, 1, 3 * LATENT).reshape(LATENT, 3))
+        # Not in the order of memory, by which fused optimizers go.
+        self.loadings = nn.Parameter(torch.linspace(-1, 1, 3 * LATENT).reshape(3, LATENT).t())
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.encoder = nn.Linear(3, 2 * LATENT)
         self.unused = nn.Parameter(torch.ones(2))
         self.register_buffer("running", torch.zeros(3))
         self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("late", torch.zeros(3))  # changes from the third step on
         self.register_buffer("bound", torch.tensor([torch.inf, 0.1, torch.nan]))
         self.register_buffer("mask", torch.tensor([True, False]))
 
@@ -51,6 +54,7 @@ class Given(nn.Module):
         if self.training:
             self.running.lerp_(x.mean(0), 0.1)
             self.steps += 1
+            self.late.lerp_(x.mean(0), 0.1 * (self.steps > 2).double())
         with pyro_vae.programs.data_plate(x, self.size):
             loc, log_scale = self.encoder(x).chunk(2, -1)
             drawn = loc + log_scale.exp() * noise
@@ -141,8 +145,31 @@ def fit_vae(folder, devices, **options):
     out = folder / ("vae" if first else "written by another")
     options = {"epochs": 4, "batch_size": 16, "progress": True, "out": out} | options
     vae = pyro_vae.build((4, 4), latent=2)
+    weight = vae.posterior.net.layers[0].weight
+    weight.data = weight.data.t().contiguous().t()  # not in the order of memory
     fitted = pyro_vae.fit(vae, data, valid=data, estimator=drawing, device="cpu", devices=devices, **options)
     return fitted, drawing.drawn
+
+
+class Interrupting(Trace_ELBO):
+    """Presses Ctrl-C in the second process, in the last of four steps."""
+
+    taken = 0
+
+    def differentiable_loss(self, model, guide, *args):
+        self.taken += 1
+        if self.taken == 4 and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().differentiable_loss(model, guide, *args)
+
+
+def ends(call):
+    """How a call ends."""
+    try:
+        call()
+    except (KeyboardInterrupt, ValueError) as error:
+        return f"{type(error).__name__} {error}"
+    return "done"
 
 
 class Diverging(Drawing):
@@ -155,7 +182,7 @@ class Diverging(Drawing):
 
 def fail(folder, how):
     """Runs that end in every process."""
-    data = torch.rand(40, 4, 4).round()
+    data = torch.rand(40, 4, 4, generator=torch.Generator().manual_seed(2)).round()
     vae = pyro_vae.build((4, 4), latent=2)
     if how == "diverge":
         pyro_vae.fit(vae, data, estimator=Diverging(), batch_size=16, device="cpu", devices=2, out=folder / "vae")
@@ -178,6 +205,9 @@ def main(folder, devices):
     found["held"] = kept.held(), all(map(operator.is_, own, kept.parameters))
     fitted, drawn = fit_vae(folder, devices)
     found["vae"] = {**results(fitted), "valid": torch.tensor(fitted.history.valid_elbo.to_numpy())}
+    interrupting = {"estimator": Interrupting(), "epochs": 1}
+    found["interrupted"] = ends(lambda: fit_given(folder / "last", given(), given_data(), 2, **interrupting))
+    found["three"] = ends(lambda: fit_given(folder / "three", given(), given_data(), 3))
     torch.save((found, drawn), folder / f"rank{torch.distributed.get_rank()}.pt")
 
 

@@ -1,6 +1,7 @@
 """Training in two processes, on the CPU."""
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import processes_script
 import pyro
 import pyro.distributions as dist
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae
 from pyro_vae import runs
+from pyro_vae.cli import main, output
 from pyro_vae.data import Batches
 from pyro_vae.training import processes
 from pyro_vae.training.options import fabric
@@ -96,14 +99,36 @@ def test_two_processes_find_what_one_does(one, two, name):
 
 
 def test_each_process_holds_its_shard(two):
-    """Half the rows of each parameter and of its moments, of those that have rows; exact.
+    """Half the rows of each parameter and of its moments, of those that have rows in the order of memory; exact.
 
     The program has its own parameters, whole, in the end.
     """
     for found, _ in two[0]:
         held, same = found["held"]
-        assert held == {(2, 3): [3] * 3, (): [1] * 3, (4, 3): [6] * 3, (4,): [2] * 3}
+        assert held == {(2, 3): [6] * 3, (): [1] * 3, (4, 3): [6] * 3, (4,): [2] * 3}
         assert same
+
+
+@pytest.mark.parametrize("name", ["resumed", "resumed in shards"])
+def test_a_run_that_resumes_goes_on_with_the_same_moments(one, two, name):
+    """The weights of a run that was not stopped, where the noise comes with the data: no false alarms."""
+    for found in (one, two[0][0][0]):
+        for key, expected in one["memory"].items():
+            tolerance = 1e-5 if key == "figures" else 1e-10
+            torch.testing.assert_close(found[name][key], expected, rtol=tolerance, atol=1e-10, equal_nan=True, msg=key)
+
+
+def test_processes_agree_on_an_interruption_in_the_last_step(one, two):
+    """Of the second one alone; what it has written is whole."""
+    assert [found["interrupted"] for found, _ in two[0]] == ["KeyboardInterrupt "] * 2
+    assert (two[2] / "last" / runs.MODEL).exists()
+
+
+def test_there_are_as_many_processes_as_before(two):
+    expected = (
+        "ValueError devices: expected the 2 processes that have trained together before, or 1 (each alone), got 3"
+    )
+    assert [found["three"] for found, _ in two[0]] == [expected] * 2
 
 
 def test_processes_draw_noise_of_their_own(two):
@@ -209,12 +234,105 @@ def test_a_global_latent_needs_the_number_of_data():
             {"strategy": "fsdp", "devices": 2, "precision": "16-mixed"},
             "precision: expected bf16-mixed for strategy fsdp, got 16-mixed",
         ),
+        ({"devices": "2"}, "expected positive devices and num_nodes, got devices='2', num_nodes=1"),
+        ({"devices": None}, "expected positive devices and num_nodes, got devices=None, num_nodes=1"),
+        ({"devices": 1.5}, "expected positive devices and num_nodes, got devices=1.5, num_nodes=1"),
+        ({"num_nodes": "2"}, "expected positive devices and num_nodes, got devices=1, num_nodes='2'"),
+        ({"device": "cpu:0"}, "device: expected a name such as cpu, cuda or cuda:1, or auto or mps, got 'cpu:0'"),
+        ({"device": "tpu"}, "device: expected a name such as cpu, cuda or cuda:1, or auto or mps, got 'tpu'"),
+        ({"device": "cuda:99"}, "device: expected one that this machine has, such as auto or cpu, got 'cuda:99'"),
+        *(
+            ({"precision": given}, f"one of 32-true, 64-true, bf16-mixed, 16-mixed, got {given!r}$")
+            for given in ("bf16-true", "16-true", "8", "transformer-engine", "64", 32, None)
+        ),
+        (
+            {"precision": "16-mixed", "device": "cpu"},
+            "precision: expected bf16-mixed on a device other than cuda, got 16-mixed on cpu",
+        ),
         ({"strategy": "dp"}, "strategy: expected one of auto, ddp, fsdp, got 'dp'"),
     ],
 )
 def test_what_cannot_be_asked_for(options, message):
     with pytest.raises(ValueError, match=message):
         pyro_vae.fit(processes_script.given(), processes_script.given_data(), batch_size=7, **options)
+
+
+@pytest.mark.parametrize("name", ["-c", "-", ""])
+def test_processes_need_a_script(name, monkeypatch):
+    together = fabric("cpu", devices=2)
+    monkeypatch.setattr(together, "launch", lambda: pytest.fail("launched"))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(
+        ValueError, match="devices: expected a script or a module that 2 processes can run, got '.*'; w"
+    ):
+        processes.Processes(together)
+    monkeypatch.setattr(sys, "argv", [__file__])
+    with pytest.raises(pytest.fail.Exception, match="launched"):
+        processes.Processes(together)
+
+
+def said_of(data):
+    """What tells that processes have the same data."""
+    return processes.described(Batches(data, processes_script.given(), batch_size=7))
+
+
+X, NOISE = (part.numpy() for part in processes_script.given_data())
+
+
+@pytest.mark.parametrize(
+    ("key", "changed"),
+    [
+        ("digest of 5 rows of the data", (np.concatenate([X[:-1], X[:1]]), NOISE)),
+        ("digest of 5 rows of the data", (np.concatenate([X[:10], X[:1], X[11:]]), NOISE)),
+        ("digest of 5 rows of the data", (X, NOISE[::-1].copy())),
+        ("dtype of the data", (X.astype("float32"), NOISE)),
+        ("shape of a datum", (X[:, :2].copy(), NOISE)),
+        ("number of data", (X[:-1], NOISE[:-1])),
+    ],
+)
+@pytest.mark.parametrize("disk", [False, True])
+def test_what_tells_that_data_are_others(key, changed, disk, tmp_path):
+    """The same copies say the same of themselves, and others something else: exact."""
+
+    def given(x, noise, name):
+        np.save(tmp_path / name, x)
+        return np.load(tmp_path / name, mmap_mode="r") if disk else x, noise
+
+    said = said_of(given(X, NOISE, "x.npy"))
+    assert said == said_of(given(X.copy(), NOISE.copy(), "same.npy"))
+    assert said["kind of data"] == ("OnDisk" if disk else "InMemory")
+    assert said[key] != said_of(given(*changed, "other.npy"))[key]
+
+
+def test_a_stream_says_its_lengths():
+    data = TensorDataset(*processes_script.given_data())
+    said = said_of(DataLoader(data, batch_size=4))
+    assert said == {"number of data": 22, "number of batches": 6, "kind of data": "DataLoader"}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_precisions(precision):
+    """Weights are of the precision, and the loss is finite."""
+    vae = pyro_vae.build((4,), latent=2, network="MLP(hidden=[4])")
+    fitted = pyro_vae.fit(vae, torch.ones(4, 4), epochs=1, batch_size=4, precision=precision, progress=False)
+    assert fitted.history.loss.map(math.isfinite).all()
+    assert next(vae.parameters()).dtype == (torch.float64 if precision == "64-true" else torch.float32)
+
+
+def test_an_interrupted_evaluation_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(output, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, FIT[2:]), "--epochs", "1", "--network", "MLP(hidden=[4])"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "pyro-vae: interrupted after training; go on with: pyro-vae evaluate run"
+    )
+    assert (tmp_path / "run" / runs.MODEL).exists()
 
 
 FIT = ("-m", "pyro_vae", "fit", "--device", "cpu", "--num-particles", 2, "--valid", 0, "--out", "run")

@@ -57,7 +57,7 @@ def fit(
     optimizer: Annotated[str, option("Optimizer of torch.optim.")] = "Adam()",
     lr_schedule: Annotated[str | None, option("cosine or one-cycle.")] = None,
     device: Device = "auto",
-    precision: Annotated[str, option("32-true, bf16-mixed, 64-true, ...")] = "32-true",
+    precision: Annotated[str, option("32-true, 64-true, bf16-mixed, or 16-mixed (on CUDA).")] = "32-true",
     devices: Annotated[int, option("Processes on each machine, each with a device.")] = 1,
     num_nodes: Annotated[int, option("Machines.")] = 1,
     strategy: Annotated[str, option("auto, ddp or fsdp.")] = "auto",
@@ -147,9 +147,13 @@ def fit(
     )
     if not first:
         return
-    output.record_columns(run, splits.train)
-    output.evaluate(run, built, splits.test, num_particles)
-    output.write_figures(run, built, splits.test, fitted.history)
+    try:
+        output.record_columns(run, splits.train)
+        output.evaluate(run, built, splits.test, num_particles)
+        output.write_figures(run, built, splits.test, fitted.history)
+    except KeyboardInterrupt:
+        print(f"\npyro-vae: interrupted after training; go on with: pyro-vae evaluate {run}", file=sys.stderr)
+        raise typer.Exit(130) from None
     output.say(f"run directory: {run}")
 
 

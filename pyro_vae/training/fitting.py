@@ -93,7 +93,7 @@ def fit(
         lr_schedule: None, "cosine", "one-cycle" (with 5 % warm-up), or a function from the optimizer to a torch
             scheduler, which is then stepped after each step.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
-        precision: Fabric's: "32-true", "bf16-mixed", "64-true", ...
+        precision: Fabric's: "32-true", "64-true", "bf16-mixed", or "16-mixed" (on CUDA).
         devices: Processes on each machine, each with a device of its own. Each takes its share of the rows of every
             batch, and draws its own noise. Lightning's Fabric starts the others by running the script again, so what
             is not to be done by each of them stands under `if torch.distributed.get_rank() == 0`. `torchrun` says
@@ -155,11 +155,13 @@ def fit(
             if training.step % len(training.batches) == 0:
                 run.history.close_epoch(None if valid is None else _valid_elbo(training, valid))
                 run.save()
-            if processes.stopping(interrupted()):
+            if training.step < training.total_steps and processes.stopping(interrupted()):
                 run.save()
                 processes.wait()  # while the first one writes, which the launcher ends when another has ended
                 raise KeyboardInterrupt
-    run.finish()
+        run.finish()
+        if processes.agree(interrupted()):
+            raise KeyboardInterrupt
     return Fitted(program, run.history.frame(), folder)
 
 

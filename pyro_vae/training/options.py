@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "annealing", "fabric", "lr_scheduler", "optimizer"]
 
 LR_SCHEDULES = ("cosine", "one-cycle")
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("auto", "ddp", "fsdp")
 
 
@@ -87,13 +89,13 @@ def fabric(
 
     Args:
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
-        precision: Fabric's precision.
+        precision: "32-true", "64-true", "bf16-mixed", or "16-mixed" (on CUDA).
         devices: Processes on each machine, each with a device; `torchrun` says how many itself.
         num_nodes: Machines.
         strategy: "auto", "ddp" or "fsdp".
 
     Raises:
-        ValueError: If what follows the colon is no number, or the arguments do not suit one another.
+        ValueError: If there is no such device or precision, or the arguments do not suit one another.
 
     Example:
         >>> fabric("cpu").device
@@ -101,9 +103,8 @@ def fabric(
     """
     from lightning_fabric import Fabric
 
+    _check_names(device, precision)
     accelerator, _, index = device.partition(":")
-    if index and not index.isdigit():
-        raise ValueError(f"device: expected a name such as cpu, cuda or cuda:1, got {device!r}")
     devices, num_nodes = num_processes(devices, num_nodes)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -116,8 +117,27 @@ def fabric(
         if strategy == "fsdp" and precision == "16-mixed":  # shards would not agree on which steps to leave out
             raise ValueError("precision: expected bf16-mixed for strategy fsdp, got 16-mixed")
         chosen = Averaging()
+    _check_there(device, precision)
     asked: Any = [int(index)] if index else devices
     return Fabric(accelerator=accelerator, devices=asked, num_nodes=num_nodes, strategy=chosen, precision=precision)
+
+
+def _check_names(device: Any, precision: Any) -> None:
+    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"device: expected a name such as cpu, cuda or cuda:1, or auto or mps, got {device!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def _check_there(device: str, precision: str) -> None:
+    """Raise if the machine has no such device, or the device no such precision."""
+    accelerator, _, index = device.partition(":")
+    missing = accelerator == "cuda" and int(index or 0) >= torch.cuda.device_count()
+    if missing or (accelerator == "mps" and not torch.backends.mps.is_available()):
+        raise ValueError(f"device: expected one that this machine has, such as auto or cpu, got {device!r}")
+    cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
+    if precision == "16-mixed" and not cuda:
+        raise ValueError(f"precision: expected bf16-mixed on a device other than cuda, got {precision} on {device}")
 
 
 def annealing(anneal: Any) -> Any:

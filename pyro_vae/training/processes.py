@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,14 +17,16 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, distributed
 
+from pyro_vae.data import Batches, InMemory, OnDisk
 from pyro_vae.handlers import data_frame
 from pyro_vae.programs import Program
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["LostProcessError", "Processes", "num_processes", "rank", "told_elsewhere"]
+__all__ = ["LostProcessError", "Processes", "described", "num_processes", "rank", "told_elsewhere"]
 
+LOOKED_AT = 5  # rows of the data that tell whether processes have the same
 PATIENCE = 1.0  # seconds that survivors of a lost process have to say that they are there
 
 
@@ -41,7 +46,7 @@ def num_processes(devices: int, num_nodes: int) -> tuple[int, int]:
     """Processes on a machine, and machines: those of `torchrun`, where it has started this process, or those given.
 
     Raises:
-        ValueError: If they are not positive.
+        ValueError: If they are not positive integers, or other processes than those that train together already.
 
     Example:
         >>> num_processes(2, 1)
@@ -50,8 +55,15 @@ def num_processes(devices: int, num_nodes: int) -> tuple[int, int]:
     if distributed.is_available() and distributed.is_torchelastic_launched():
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         num_nodes = int(os.environ["WORLD_SIZE"]) // devices
-    if devices < 1 or num_nodes < 1:
-        raise ValueError(f"expected positive devices and num_nodes, got devices={devices}, num_nodes={num_nodes}")
+    if any(type(given) is not int or given < 1 for given in (devices, num_nodes)):
+        raise ValueError(f"expected positive devices and num_nodes, got devices={devices!r}, num_nodes={num_nodes!r}")
+    if distributed.is_available() and distributed.is_initialized():
+        together = distributed.get_world_size()
+        if devices * num_nodes not in (1, together):
+            raise ValueError(
+                f"devices: expected the {together} processes that have trained together before, or 1 (each alone), "
+                f"got {devices * num_nodes}"
+            )
     return devices, num_nodes
 
 
@@ -87,6 +99,7 @@ class Processes:
 
     Raises:
         LostProcessError: If the others are not there.
+        ValueError: If there is no script or module to start the others with.
 
     Attributes:
         count: Number of processes.
@@ -95,6 +108,7 @@ class Processes:
 
     def __init__(self, fabric: Fabric):
         self.fabric = fabric
+        _check_script(fabric)
         try:
             fabric.launch()
         except RuntimeError as error:
@@ -103,7 +117,7 @@ class Processes:
         self.count, self.rank = fabric.world_size, fabric.global_rank
         self._wants_stop = self._stop = False
         self._before: dict[str, Tensor] = {}  # buffers after the last step
-        self._started = False
+        self._moving: set[str] = set()  # names of those that have changed since the start
         self._shards: Any = None
 
     def seed(self, seed: int, step: int) -> None:
@@ -129,21 +143,22 @@ class Processes:
                 f'expected a plate "data" with size=, the number of all data, got one of the batch alone'
             )
 
-    def start_alike(self, program: Program, num_data: int) -> None:
+    def start_alike(self, program: Program, batches: Batches) -> None:
         """Give every process the weights and buffers of rank 0.
 
         Raises:
-            ValueError: If the processes have different data or programs.
+            ValueError: If the processes have programs whose parameters and buffers differ in name or shape, or data
+                that differ in what `described` looks at, which is not all of them.
         """
         if self.count == 1:
             return
         shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(program).items()}
-        described: list[Any] = [None] * self.count
+        all_described: list[Any] = [None] * self.count
         with self._together():
-            distributed.all_gather_object(described, {"number of data": num_data, **shapes})
-        for other, description in enumerate(described):
-            for name in described[0].keys() | description.keys():
-                expected, got = described[0].get(name), description.get(name)
+            distributed.all_gather_object(all_described, {**described(batches), **shapes})
+        for other, description in enumerate(all_described):
+            for name in {**all_described[0], **description}:
+                expected, got = all_described[0].get(name), description.get(name)
                 if expected != got:
                     raise ValueError(
                         f"expected the same program and data in every process, got for {name} "
@@ -151,8 +166,9 @@ class Processes:
                     )
         with self._together(), torch.no_grad():
             for tensor in _tensors(program).values():
-                values = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.clone()
-                distributed.broadcast(values.contiguous(), src=0)
+                values = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
+                values = values.clone(memory_format=torch.contiguous_format)  # the order in which it is sent
+                distributed.broadcast(values, src=0)
                 tensor.copy_(values)
         self._before = {name: buffer.clone() for name, buffer in program.named_buffers() if buffer.dtype != torch.bool}
 
@@ -200,20 +216,35 @@ class Processes:
         if self.count == 1:
             return figures.tolist(), num_data
         parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
-        buffers = [(name, buffer) for name, buffer in program.named_buffers() if name in self._before]
+        buffers = {name: buffer for name, buffer in program.named_buffers() if name in self._before}
+        moving = [name for name in buffers if name in self._moving]
+        still = [name for name in buffers if name not in self._moving]
         sharded = set(self._shards.parameters_of_program) if self._shards else set()
         whole = [parameter for parameter in parameters if parameter not in sharded]
         gradients = [_gradient(parameter) for parameter in whole]
-        changes = [_change(buffer, self._before[name]) for name, buffer in buffers]
+        changes = [_change(buffers[name], self._before[name]) for name in moving]
         has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters])
-        averaged, total = self._averaged([*gradients, *changes, has_gradient, figures], num_data, like=parameters[0])
+        has_changed = [(buffers[name] != self._before[name]).any() for name in still]
+        flags = torch.stack(has_changed) if still else has_gradient[:0]
+        parts = [*gradients, *changes, flags, has_gradient, figures]
+        averaged, total = self._averaged(parts, num_data, like=parameters[0])
         for parameter in sharded:
             parameter.grad = _gradient(parameter).mul_(self.count * num_data / total)
         for parameter, gradient in zip(whole, averaged, strict=False):
-            parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+            # In the order of the parameter's own memory, which a fused optimizer goes by.
+            own = parameter.is_contiguous()
+            gradient = gradient.view_as(parameter).to(parameter.dtype)
+            parameter.grad = gradient if own else torch.empty_like(parameter).copy_(gradient)
         for parameter, has in zip(parameters, averaged[-2].tolist(), strict=True):
             parameter.grad = parameter.grad if has else None
-        self._change(buffers, averaged[len(whole) : -2])
+        changes = averaged[len(whole) : -3]
+        first = [name for name, changed in zip(still, averaged[-3].tolist(), strict=True) if changed]
+        if first:  # those that have never changed before: in another message, once
+            more = [_change(buffers[name], self._before[name]) for name in first]
+            changes += self._averaged(more, num_data, like=parameters[0])[0]
+            self._moving.update(first)
+        for name, change in zip(moving + first, changes, strict=True):
+            self._change(name, buffers[name], change)
         return averaged[-1].tolist(), total
 
     def _averaged(self, parts: list[Tensor], num_data: int, like: Tensor) -> tuple[list[Tensor], int]:
@@ -228,20 +259,20 @@ class Processes:
         self._stop = stop > 0
         return list(shared[:-2].div_(total).split([part.numel() for part in parts])), int(total)
 
-    def _change(self, buffers: list[tuple[str, Tensor]], changes: list[Tensor]) -> None:
-        """Change each buffer as all processes have, on average; from then on only those that did change."""
-        before, self._before = self._before, {}
-        for (name, buffer), change in zip(buffers, changes, strict=True):
-            change = change.view_as(buffer)
-            buffer.copy_(before[name] + (change if buffer.is_floating_point() else change.round()))
-            if self._started or change.any():
-                self._before[name] = buffer.clone()
-        self._started = True
+    def _change(self, name: str, buffer: Tensor, change: Tensor) -> None:
+        """Change a buffer as all processes have, on average."""
+        change = change.view_as(buffer)
+        buffer.copy_(self._before[name] + (change if buffer.is_floating_point() else change.round()))
+        self._before[name] = buffer.clone()
 
     def stopping(self, wanted: bool) -> bool:
         """Whether all stop after this step, because one of them wanted it, perhaps a step ago."""
         self._wants_stop = wanted
         return wanted if self.count == 1 else self._stop
+
+    def agree(self, wanted: bool) -> bool:
+        """Whether one of them wants something: a word after the last step, whose message went before it was wanted."""
+        return bool(self.gather(torch.tensor(int(wanted))).any())
 
     def first(self, text: str | None) -> str:
         """What the first process that has something to say, says."""
@@ -301,6 +332,46 @@ class Processes:
             return missing
         except RuntimeError:  # rank 0 holds what is stored
             return [0]
+
+
+def _check_script(fabric: Fabric) -> None:
+    """Raise where Fabric has nothing to run again; it would kill this process when the others fail."""
+    strategy: Any = fabric.strategy
+    main: Any = sys.modules["__main__"]
+    starts = hasattr(strategy, "cluster_environment") and not strategy.cluster_environment.creates_processes_externally
+    # A module has a spec, and is run again by its name.
+    if starts and strategy.num_processes > 1 and main.__spec__ is None and not Path(sys.argv[0]).is_file():
+        raise ValueError(
+            f"devices: expected a script or a module that {strategy.num_processes} processes can run, "
+            f"got {sys.argv[0] or 'standard input'!r}; write a file, or start it with torchrun"
+        )
+
+
+def described(batches: Batches) -> dict[str, Any]:
+    """What processes that have the same data say alike of them: number, kind, and a digest of a few rows.
+
+    A `Dataset` or `DataLoader` is not read, so that two are taken for the same where their lengths are.
+
+    Example:
+        >>> import pyro_vae
+        >>> batches = Batches(torch.zeros(10, 8, 8), pyro_vae.build((8, 8), latent=2), batch_size=4)
+        >>> described(batches)["shape of a datum"]
+        (8, 8)
+    """
+    source, number = batches.source, batches.num_data
+    said = {"number of data": number, "number of batches": len(batches), "kind of data": type(source).__name__}
+    if not isinstance(source, InMemory | OnDisk):
+        return said
+    rows = torch.tensor(sorted({i * (number - 1) // (LOOKED_AT - 1) for i in range(LOOKED_AT)}))
+    some = source.read(rows) if isinstance(source, OnDisk) else [x[rows.to(x.device)] for x in source.tensors]
+    some = [x.cpu().contiguous() for x in some[: batches.num_inputs]]
+    content = b"".join(x.view(torch.uint8).numpy().tobytes() for x in some)
+    return {
+        **said,
+        "dtype of the data": ", ".join(str(x.dtype) for x in some),
+        "shape of a datum": tuple(some[0].shape[1:]),
+        f"digest of {len(rows)} rows of the data": hashlib.sha256(content).hexdigest()[:16],
+    }
 
 
 def _tensors(program: Program) -> dict[str, Tensor]:

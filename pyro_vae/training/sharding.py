@@ -64,7 +64,10 @@ class Shards:
         for parameter, shard in (self._shards | self._copies).items():
             for name, value in optimizer.state.pop(parameter, {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape and parameter.dim() > 0:
-                    value = distribute_tensor(value, self._mesh, shard.placements)
+                    sharded = parameter in self._shards
+                    value = (
+                        distribute_tensor(value, self._mesh, shard.placements) if sharded else self._replicated(value)
+                    )
                 optimizer.state[shard][name] = value
         for group in optimizer.param_groups:
             group["params"] = [(self._shards | self._copies)[parameter] for parameter in group["params"]]

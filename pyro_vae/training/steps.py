@@ -102,7 +102,7 @@ class Training:
             self.batches.close()
 
     def _steps(self) -> Iterator[Step]:
-        self.processes.start_alike(self.program, self.batches.num_data)
+        self.processes.start_alike(self.program, self.batches)
         if self.options.strategy == "fsdp":
             self.processes.shard(self.optimizer)
         checked = False
@@ -226,6 +226,10 @@ class Training:
                 state.setdefault(int(index), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for parameter, entry in self.optimizer.state.items():
+            for key, value in entry.items():  # in the order of the parameter's memory, which a fused step goes by
+                if not parameter.is_contiguous() and value is not None and value.shape == parameter.shape:
+                    entry[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if self.scheduler is not None:
             with warnings.catch_warnings():  # torch misses the optimizer's steps between these
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
