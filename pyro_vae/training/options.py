@@ -124,7 +124,7 @@ def fabric(
 
 def _check_names(device: Any, precision: Any) -> None:
     if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise ValueError(f"device: expected a name such as cpu, cuda or cuda:1, or auto or mps, got {device!r}")
+        raise ValueError(f"device: expected a name such as cpu, cuda or cuda:1, got {device!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
 
