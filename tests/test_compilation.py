@@ -305,6 +305,29 @@ def test_a_ragged_batch_is_not_the_one_that_is_compiled(interpreted):
     assert [run.gradients.compiled is not None and step.num_data for step in run] == [False, 5, 5, 5, 5, 2]
 
 
+@pytest.mark.parametrize("stop", [4, 5])
+def test_a_compiled_run_goes_on_bit_for_bit(stop, interpreted, tmp_path):
+    """Also where the first batch after the interruption is a ragged one, which is run as it is."""
+    data = pyro_vae.data.InMemory(torch.rand(22, 8, 8), binarize="dynamic")
+
+    def run(program):
+        return Training(program, data, epochs=2, batch_size=5, seed=0, compile=True)
+
+    whole, interrupted, resumed = small(), small(), small()
+    for _ in run(whole):
+        pass
+    first = run(interrupted)
+    for step in first:
+        if step.step == stop:
+            break
+    state = first.state()
+    second = run(resumed)
+    second.restore(*state, tmp_path)
+    for _ in second:
+        pass
+    assert all(torch.equal(*pair) for pair in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
 def test_a_rare_draw_that_is_not_finite_is_found_in_a_compiled_run(interpreted):
     class Rare(nn.Module):
