@@ -257,7 +257,7 @@ def test_load_keeps_a_file_on_disk(tmp_path, images, name):
         assert torch.equal(part[:].flatten(1).unique(dim=0), other[:].flatten(1).unique(dim=0))  # in another order
         assert torch.equal(part.loaded()[:], part[:])
     assert on_disk.train.source["in_memory"] is False
-    assert "in_memory" not in in_memory.train.source
+    assert in_memory.train.source["in_memory"] is True
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.zarr"])
@@ -492,7 +492,7 @@ def test_a_stream_without_length():
 
 
 def test_a_number_of_workers_is_checked(zeros_and_ones):
-    with pytest.raises(ValueError, match="num_workers: expected 0 or more, got -1"):
+    with pytest.raises(ValueError, match="num_workers: expected a whole number, 0 or more, got -1"):
         fit(make(), zeros_and_ones, num_workers=-1, **QUIET)
 
 

@@ -15,12 +15,16 @@ from torch.distributions import TransformedDistribution, constraints
 
 from pyro_vae import likelihoods
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.sets import InMemory
+from pyro_vae.data.disk import OnDisk
+from pyro_vae.data.sets import InMemory, to_float
 from pyro_vae.distributions import Grid, describe
 from pyro_vae.handlers import in_data_plate
 from pyro_vae.programs import Program, check_param_sites, undisturbed
 
 __all__ = ["check"]
+
+_BINARIZE = 'binarize the data (data.load(..., binarize="dynamic")), or use a ContinuousBernoulli likelihood'
+_AT_ONCE = 2**18  # values of a file that are floats at once, 1 MiB, which stays in a processor's cache
 
 
 def check(program: Program, batches: Batches) -> None:
@@ -28,10 +32,14 @@ def check(program: Program, batches: Batches) -> None:
 
     Args:
         program: The program.
-        batches: Its data. Data in memory are checked whole, a stream by its first batch.
+        batches: Its data. Data in memory are checked whole, a stream by its first batch. Data on disk are checked by
+            their first batch, and from then on by `batches` as they are read: exposures, and values at sites whose
+            support is the same in every batch.
 
     Raises:
         ValueError: If the event shape or the columns differ from the likelihood's, or values are outside its support.
+            Of data on disk, as they are read, also if values are grey under a Bernoulli after a look that found 0 and
+            1 alone.
 
     Warns:
         UserWarning: If grey values meet a Bernoulli likelihood.
@@ -49,8 +57,13 @@ def check(program: Program, batches: Batches) -> None:
         likelihood = getattr(program, "likelihood", None)
         _check_columns(likelihood, ordered.source)
         first = next(ordered.epoch(0))
+        batches.event_shape = tuple(first[0].shape[1:])
+        batches.tests = []
+        on_disk = isinstance(ordered.source, OnDisk)
         if getattr(likelihood, "exposure", False):
             _check_exposure((ordered.source.tensors if isinstance(ordered.source, InMemory) else first)[1])
+            if on_disk:
+                batches.tests.append(lambda _, exposure: _check_exposure(exposure))
         expected = getattr(likelihood, "event_shape", None)
         if expected is not None and tuple(first[0].shape[1:]) != tuple(expected):
             raise ValueError(f"x: expected data of event shape {tuple(expected)}, got {tuple(first[0].shape[1:])}")
@@ -70,7 +83,13 @@ def check(program: Program, batches: Batches) -> None:
             if wanted != got:
                 raise ValueError(f"{site['name']}: expected data of shape {wanted}, got {got}")
             whole = columns is not None and isinstance(ordered.source, InMemory)
-            _check_support(site, _Parts(ordered, len(first[0]), columns) if whole else [site["value"]])
+            wanted_values = _Wanted(site)
+            grey = wanted_values.check(_Parts(ordered, len(first[0]), columns) if whole else [site["value"]])
+            known = on_disk and ordered.source.grey and wanted_values.binary
+            if grey or known:
+                wanted_values.warn_of_grey()
+            if columns is not None and on_disk and wanted_values.fixed and not ordered.source.redrawn:
+                batches.tests.append(_OfDisk(wanted_values, columns, ordered.dtype, grey or known))
 
 
 def _check_columns(likelihood: Any, source: Any) -> None:
@@ -129,27 +148,64 @@ class _Parts:
             yield self.batches.rows(rows)[0][self.columns]
 
 
-def _check_support(site: Any, parts: Iterable[Tensor]) -> None:
-    support = site["fn"].support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    base = site["fn"]
-    # A transformed distribution, such as LogNormal, also has a base, but is another kind.
-    while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
-        base = base.base_dist
-    base = getattr(base, "pixel_likelihood", base)  # of images value by value
-    name, grey = type(base).__name__.removeprefix("Soft"), False
-    for x in parts:
-        if not support.check(x).all():
-            wanted = f"{site['name']}: expected values in the support of the {name} likelihood ({describe(support)})"
-            raise ValueError(f"{wanted}, got {_misfit(name, support, parts)}")
-        grey = grey or (name == "Bernoulli" and not ((x == 0) | (x == 1)).all().item())
-    if grey:
+class _Wanted:
+    """What values at an observed site must be."""
+
+    def __init__(self, site: Any):
+        support, base = site["fn"].support, site["fn"]
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        # A transformed distribution, such as LogNormal, also has a base, but is another kind.
+        while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
+            base = base.base_dist
+        base = getattr(base, "pixel_likelihood", base)  # of images value by value
+        self.site, self.support, self.likelihood = site["name"], support, type(base).__name__.removeprefix("Soft")
+        self.binary = self.likelihood == "Bernoulli"
+
+    @property
+    def fixed(self) -> bool:
+        """Whether they must be the same in every batch."""
+        return _fixed(self.support)
+
+    def check(self, parts: Iterable[Tensor]) -> bool:
+        """Raise unless the values are in the support; whether they are grey where they should be 0 or 1."""
+        grey = False
+        for x in parts:
+            if not self.support.check(x).all():
+                wanted = f"values in the support of the {self.likelihood} likelihood ({describe(self.support)})"
+                raise ValueError(f"{self.site}: expected {wanted}, got {_misfit(self.likelihood, self.support, parts)}")
+            grey = grey or (self.binary and not ((x == 0) | (x == 1)).all().item())
+        return grey
+
+    def warn_of_grey(self) -> None:
         warnings.warn(
-            f"{site['name']}: grey values under a Bernoulli are a loss and no likelihood; binarize the data "
-            '(data.load(..., binarize="dynamic")), or use a ContinuousBernoulli likelihood',
-            stacklevel=4,
+            f"{self.site}: grey values under a Bernoulli are a loss and no likelihood; {_BINARIZE}", stacklevel=4
         )
+
+
+class _OfDisk:
+    """The test of what is read from disk for a site, some data at a time, as they are much larger as floats."""
+
+    def __init__(self, wanted: _Wanted, columns: Any, dtype: torch.dtype, may_be_grey: bool):
+        self.wanted, self.columns, self.dtype, self.may_be_grey = wanted, columns, dtype, may_be_grey
+
+    def __call__(self, x: Tensor, *_: Tensor) -> None:
+        for part in x.split(max(1, _AT_ONCE // x[0].numel())):
+            values = to_float(part[self.columns], self.dtype)
+            if self.wanted.check([values]) and not self.may_be_grey:
+                value = values[(values > 0) & (values < 1)][0].item()
+                raise ValueError(
+                    f"{self.wanted.site}: expected 0 and 1, as in the data looked at first, got {value:g}; {_BINARIZE}"
+                )
+
+
+def _fixed(support: Any) -> bool:
+    """Whether nothing in a constraint is a tensor, which depends on batch or parameters."""
+    if isinstance(support, list | tuple):
+        return all(_fixed(part) for part in support)
+    if isinstance(support, constraints.Constraint):
+        return not constraints.is_dependent(support) and all(_fixed(part) for part in vars(support).values())
+    return not isinstance(support, Tensor)
 
 
 def _misfit(name: str, support: Any, parts: Iterable[Tensor]) -> str:
