@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -82,14 +83,24 @@ def check(program: Program, batches: Batches) -> None:
             wanted, got = tuple(site["fn"].batch_shape + site["fn"].event_shape), tuple(site["value"].shape)
             if wanted != got:
                 raise ValueError(f"{site['name']}: expected data of shape {wanted}, got {got}")
-            whole = columns is not None and isinstance(ordered.source, InMemory)
-            wanted_values = _Wanted(site)
-            grey = wanted_values.check(_Parts(ordered, len(first[0]), columns) if whole else [site["value"]])
-            known = on_disk and ordered.source.grey and wanted_values.binary
-            if grey or known:
-                wanted_values.warn_of_grey()
-            if columns is not None and on_disk and wanted_values.fixed and not ordered.source.redrawn:
-                batches.tests.append(_OfDisk(wanted_values, columns, ordered.dtype, grey or known))
+            _check_site(_Wanted(site), site["value"], columns, ordered, batches)
+
+
+def _check_site(wanted: _Wanted, seen: Tensor, columns: Any, ordered: Batches, batches: Batches) -> None:
+    """Check the values of a site: all in memory, of others those seen, and of those on disk the rest later."""
+    source = ordered.source
+    whole = columns is not None and isinstance(source, InMemory)
+    grey = wanted.check(_Parts(ordered, len(seen), columns) if whole else [seen])
+    on_disk = isinstance(source, OnDisk)
+    if on_disk and wanted.binary:
+        grey = grey or source.grey
+    if grey:
+        warnings.warn(
+            f"{wanted.site}: grey values under a Bernoulli are a loss and no likelihood; {_BINARIZE}", stacklevel=4
+        )
+    # What is binarized or dequantized as it is served is what was seen.
+    if on_disk and columns is not None and not source.redrawn and (general := wanted.of_any_batch()):
+        batches.tests.append(_OfDisk(general, columns, ordered.dtype, grey))
 
 
 def _check_columns(likelihood: Any, source: Any) -> None:
@@ -162,11 +173,6 @@ class _Wanted:
         self.site, self.support, self.likelihood = site["name"], support, type(base).__name__.removeprefix("Soft")
         self.binary = self.likelihood == "Bernoulli"
 
-    @property
-    def fixed(self) -> bool:
-        """Whether they must be the same in every batch."""
-        return _fixed(self.support)
-
     def check(self, parts: Iterable[Tensor]) -> bool:
         """Raise unless the values are in the support; whether they are grey where they should be 0 or 1."""
         grey = False
@@ -177,10 +183,11 @@ class _Wanted:
             grey = grey or (self.binary and not ((x == 0) | (x == 1)).all().item())
         return grey
 
-    def warn_of_grey(self) -> None:
-        warnings.warn(
-            f"{self.site}: grey values under a Bernoulli are a loss and no likelihood; {_BINARIZE}", stacklevel=4
-        )
+    def of_any_batch(self) -> _Wanted | None:
+        """The same where the support is that of every batch, which bounds that differ within one are not."""
+        general = copy.copy(self)
+        general.support = _of_any_batch(self.support)
+        return None if general.support is None else general
 
 
 class _OfDisk:
@@ -199,13 +206,24 @@ class _OfDisk:
                 )
 
 
-def _fixed(support: Any) -> bool:
-    """Whether nothing in a constraint is a tensor, which depends on batch or parameters."""
+def _of_any_batch(support: Any) -> Any:
+    """A constraint with bounds that are all alike, such as a binomial's count, as numbers; None where they differ."""
+    if isinstance(support, Tensor):
+        low, high = support.min().item(), support.max().item()
+        return low if low == high else None
     if isinstance(support, list | tuple):
-        return all(_fixed(part) for part in support)
-    if isinstance(support, constraints.Constraint):
-        return not constraints.is_dependent(support) and all(_fixed(part) for part in vars(support).values())
-    return not isinstance(support, Tensor)
+        parts = [_of_any_batch(part) for part in support]
+        return None if any(part is None for part in parts) else parts
+    if not isinstance(support, constraints.Constraint):
+        return support
+    if constraints.is_dependent(support):
+        return None
+    general = copy.copy(support)
+    for name, value in vars(support).items():
+        setattr(general, name, _of_any_batch(value))
+        if value is not None and getattr(general, name) is None:
+            return None
+    return general
 
 
 def _misfit(name: str, support: Any, parts: Iterable[Tensor]) -> str:
