@@ -69,7 +69,7 @@ class Batches:
 
     Attributes:
         event_shape: Shape of one datum, once `check` has looked at one.
-        tests: Called with what is read from disk, as it is kept there; `check` puts them here.
+        tests: Called with what is read from disk, as it is kept there, until all of it was read; `check` puts them here.
 
     Raises:
         ValueError: If the batch size is not in [1, number of data], the data have no length, or `num_workers` is no
@@ -142,6 +142,8 @@ class Batches:
         for places, tensors in read_ahead(read, parts, max(1, self.num_workers)):
             for batch in places.split(self.batch_size):
                 yield self._tensors([tensor[batch] for tensor in tensors])
+        if skip == 0:  # all have been tested, and another epoch reads the same
+            self.tests = []
 
     def _streamed(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, ...]]:
         """Batches of a loader, the user's or our own."""
