@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -410,7 +411,7 @@ def with_bad(x, value):
     ("Poisson()", with_bad(ONES.astype("int8"), -2), "support of the Poisson likelihood"),
     ("Binomial(total_count=9)", with_bad(ONES, 10), "support of the Binomial likelihood .*from 1 to 10"),
     ("DiscretizedLogistic()", with_bad(ONES, 0.51), "support of the DiscretizedLogistic likelihood"),
-    ("Heterogeneous(parts={(0, 1): Gaussian(), (2, 3): LogNormal()})", with_bad(ONES, -1), "x.2_3: .* LogNormal"),
+    ("Heterogeneous({('a', 'b'): Gaussian, ('c', 'd'): LogNormal})", with_bad(ONES, -1), "x.c_d: .* LogNormal"),
     ("Gaussian()", with_bad(ONES, -7), None),
 ])  # fmt: skip
 def test_values_that_do_not_suit_the_program_raise_when_they_are_read(store, likelihood, x, message):
@@ -421,10 +422,13 @@ def test_values_that_do_not_suit_the_program_raise_when_they_are_read(store, lik
     if message is None:
         assert len(fit(vae, data, **options).history) == 1
         return
-    for run in (lambda: fit(vae, data, **options), lambda: evaluation.elbo(vae, OnDisk(data, window=7))):
-        with pytest.raises(ValueError, match=message) as caught:
-            run()
-        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=message) as caught:
+        fit(vae, data, **options)
+    assert "\n" not in str(caught.value)
+    batches = Batches(OnDisk(data, window=7), vae, 20)
+    check(vae, batches)
+    with pytest.raises(ValueError, match=message):
+        list(batches.epoch(0))
     assert not left_behind()
 
 
@@ -612,8 +616,9 @@ def test_fit_with_workers_is_fit_without(zeros_and_ones):
 
 
 def test_an_error_of_a_worker_comes_through(zeros_and_ones):
-    with pytest.raises(RuntimeError, match="^data: worker: RuntimeError: datum 52 is broken$") as caught:
+    with pytest.raises(RuntimeError) as caught:
         fit(make(), Grey(zeros_and_ones.astype("float32"), bad=52), num_workers=1, **QUIET)
+    assert str(caught.value) == "data: worker: RuntimeError: datum 52 is broken"
     assert "in __getitem__" in caught.value.__notes__[0]
     assert not left_behind()
 
@@ -655,9 +660,10 @@ class Ragged(Dataset):
 @pytest.mark.parametrize(("error", "kind", "message"), ERRORS)
 def test_an_error_of_a_worker_keeps_its_type(error, kind, message):
     batches = Batches(Failing(error), make(), 5, num_workers=1)
-    with pytest.raises(kind, match=f"^data: worker: {message}$"):
+    with pytest.raises(kind) as caught:
         list(batches.epoch(0))
     batches.close()
+    assert re.fullmatch(f"data: worker: {message}", str(caught.value))
     with pytest.raises(type(error)) as caught:
         list(Batches(Failing(error), make(), 5).epoch(0))
     assert caught.value is error
@@ -761,7 +767,7 @@ def test_processes_draw_the_same_order_of_a_loader():
         before = random.getstate(), np.random.get_state()[1].copy()
         epoch = [[x.flatten() for (x,) in batches.epoch(number)] for number in (0, 1)]
         assert (random.getstate(), np.random.get_state()[1].tolist()) == (before[0], before[1].tolist())
-        assert same([batches.epoch(1, skip=2)], [[(x[:, None],) for x in epoch[1][2:]]])
+        assert same(batches.epoch(1, skip=2), [(x[:, None],) for x in epoch[1][2:]])
         shares.append([torch.cat(parts) for parts in epoch])
     for number in (0, 1):
         assert torch.cat([shares[0][number], shares[1][number]]).sort().values.tolist() == list(range(20))

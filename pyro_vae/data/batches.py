@@ -69,7 +69,7 @@ class Batches:
 
     Attributes:
         event_shape: Shape of one datum, once `check` has looked at one.
-        tests: Called with what is read from disk, as it is kept there, until all of it was read; `check` puts them here.
+        tests: Called with what is read from disk, as it is kept there, until all of it was read; given by `check`.
 
     Raises:
         ValueError: If the batch size is not in [1, number of data], the data have no length, or `num_workers` is no
