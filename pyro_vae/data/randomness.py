@@ -43,19 +43,23 @@ class Apart(AbstractContextManager):
     """
 
     def __init__(self, seed: int):
-        self.seed = seed
-        self._own: tuple[Any, ...] | None = None
+        self._torch = torch.Generator().manual_seed(seed).get_state()
+        self._numpy = np.random.MT19937(seed)  # put in place of the other, as its state takes long to copy
+        self._python = random.Random(seed).getstate()
+
+    def _exchange(self) -> None:
+        numpy: Any = np.random  # whose stubs leave out these two
+        of_torch, of_numpy, of_python = torch.get_rng_state(), numpy.get_bit_generator(), random.getstate()
+        torch.set_rng_state(self._torch)
+        numpy.set_bit_generator(self._numpy)
+        random.setstate(self._python)
+        self._torch, self._numpy, self._python = of_torch, of_numpy, of_python
 
     def __enter__(self) -> None:
-        self._outside = _states()
-        if self._own is None:
-            seed_all(self.seed)
-        else:
-            _restore(*self._own)
+        self._exchange()
 
     def __exit__(self, *_: object) -> None:
-        self._own = _states()
-        _restore(*self._outside)
+        self._exchange()
 
 
 def taken_within(context: AbstractContextManager, items: Iterator[Item]) -> Iterator[Item]:
@@ -71,13 +75,3 @@ def taken_within(context: AbstractContextManager, items: Iterator[Item]) -> Iter
         if not taken:
             return
         yield taken[0]
-
-
-def _states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def _restore(of_torch: Any, of_numpy: Any, of_python: Any) -> None:
-    torch.set_rng_state(of_torch)
-    np.random.set_state(of_numpy)
-    random.setstate(of_python)
