@@ -413,6 +413,7 @@ def with_bad(x, value):
     ("DiscretizedLogistic()", with_bad(ONES, 0.51), "support of the DiscretizedLogistic likelihood"),
     ("Heterogeneous({('a', 'b'): Gaussian, ('c', 'd'): LogNormal})", with_bad(ONES, -1), "x.c_d: .* LogNormal"),
     ("Gaussian()", with_bad(ONES, -7), None),
+    ("Heterogeneous({('a', 'b'): Gaussian, ('c', 'd'): LogNormal})", with_bad(ONES, (-1, -1, 1, 1)), None),
 ])  # fmt: skip
 def test_values_that_do_not_suit_the_program_raise_when_they_are_read(store, likelihood, x, message):
     """In any epoch's order, and in parts, as what is read at once is many times as large as floats."""
