@@ -58,7 +58,7 @@ class beta(Messenger):
 
     def __init__(self, value: float | Tensor):
         super().__init__()
-        _check_weight("beta", value)
+        check_weight("beta", value)
         self.value = value
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -66,7 +66,7 @@ class beta(Messenger):
             msg["scale"] = self.value * msg["scale"]
 
 
-def _check_weight(name: str, value: float | Tensor) -> None:
+def check_weight(name: str, value: float | Tensor) -> None:
     if not isinstance(value, Tensor) and not value >= 0:
         raise ValueError(f"{name}: expected a value of at least 0, got {value}")
 
@@ -102,7 +102,7 @@ class weigh(Messenger):
     def __init__(self, weights: Mapping[str, float | Tensor]):
         super().__init__()
         for name, weight in weights.items():
-            _check_weight(f"weigh, site {name!r}", weight)
+            check_weight(f"weigh, site {name!r}", weight)
         self.weights = dict(weights)
         self._seen: dict[str, bool] = {}  # names of the sites that came by, and whether they were observed
 

@@ -54,9 +54,7 @@ def test_every_example_is_listed():
     assert {str(path.relative_to(FOLDER)) for path in scripts} == set(EXAMPLES)
 
 
-# Those on data that are read from a folder take longest.
-SLOW = [name for name, arguments in EXAMPLES.items() if any("{root}" in argument for argument in arguments)]
-SLOW.append("benchmarks/larger_than_memory.py")  # four processes
+SLOW = EXAMPLES.keys() - {"first_vae.py", "reproductions/signal_to_noise.py"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EXAMPLES])

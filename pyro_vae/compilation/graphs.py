@@ -44,12 +44,12 @@ def check_compile(compile: Any) -> None:
 class Graph:
     """A function of a module's parameters and buffers, and of other tensors, as one compiled graph.
 
-    Buffers that the function changes are changed. Random numbers are those that the function would draw.
+    Buffers that the function changes in place are changed. Random numbers are those that the function would draw.
 
     Args:
         module: The module.
         function: Called with the module's parameters and buffers by name, and the other tensors; gives tensors.
-        example: The other tensors. Later ones must be of their shapes, dtypes and devices.
+        example: The other tensors.
 
     Attributes:
         graph: What was traced, a `torch.fx.GraphModule`.
@@ -65,12 +65,36 @@ class Graph:
     def __init__(self, module: nn.Module, function: Callable[..., list[Tensor]], example: Sequence[Tensor]):
         self._state = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
         self._function = function
+        self._example = [_layout(tensor) for tensor in example]
+        self._held = [
+            (slots, name, tensor, tensor.requires_grad, tensor.stride())
+            for owner in module.modules()
+            for slots in (owner._parameters, owner._buffers)
+            for name, tensor in slots.items()
+            if tensor is not None
+        ]
+        self._modes = [(owner, owner.training) for owner in module.modules()]
         inputs = [*self._state.values(), *example]
         self.graph = self._traced(inputs)
         self._compiled = _compiled(self.graph, inputs)
 
+    def suits(self, *tensors: Tensor) -> bool:
+        """Whether the graph is that of these tensors, and of the module as it is now.
+
+        Another shape, another mode of a layer, a frozen or a replaced parameter want another graph.
+        """
+        return (
+            len(tensors) == len(self._example)
+            and all(_layout(tensor) == layout for tensor, layout in zip(tensors, self._example, strict=True))
+            and all(owner.training is training for owner, training in self._modes)
+            and all(
+                slots.get(name) is tensor and tensor.requires_grad is wanted and tensor.stride() == stride
+                for slots, name, tensor, wanted, stride in self._held
+            )
+        )
+
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """The function's tensors, without gradient."""
+        """The function's tensors, without gradient; of what it `suits`."""
         with torch.no_grad():
             return self._compiled(*self._state.values(), *tensors)
 
@@ -87,6 +111,10 @@ class Graph:
                 return make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         except Exception as error:
             raise NotCompilableError(_reason(error)) from error
+
+
+def _layout(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def call_with(module: nn.Module, state: Mapping[str, Tensor], *args: Any) -> Any:

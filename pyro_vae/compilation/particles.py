@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,8 @@ __all__ = ["CompiledLogProbabilities"]
 class CompiledLogProbabilities:
     """`estimators.log_probabilities` of a program as one compiled graph: the same numbers from the same random numbers.
 
-    Batches of another size, and other numbers of particles, are run as they are, uncompiled.
+    Batches of another layout, other numbers of particles, and a program of which a layer is in another mode or a
+    parameter was replaced, are run as they are, uncompiled.
 
     Args:
         program: The program, on the device and in the mode (`eval()`) that it is to run in.
@@ -37,25 +37,26 @@ class CompiledLogProbabilities:
         >>> import pyro_vae
         >>> vae, x = pyro_vae.build((8, 8), latent=2).eval(), torch.ones(5, 8, 8)
         >>> compiled = CompiledLogProbabilities(vae, [x], num_particles=3)
-        >>> compiled(vae.model, vae.guide, x, num_particles=3).likelihood.shape
+        >>> compiled(x, num_particles=3).likelihood.shape
         torch.Size([3, 5])
     """
 
     def __init__(self, program: Program, batch: Sequence[Tensor], num_particles: int):
         start = time.perf_counter()
         self.program, self.num_particles = program, num_particles
-        self._shapes = [tensor.shape for tensor in batch]
         pass_of = _Pass(program, num_particles)
         state = random_state(batch)
-        self._graph = Graph(pass_of, lambda named, *tensors: list(call_with(pass_of, named, *tensors)), batch)
-        self._compare(batch, state)
-        state.restore()
+        try:
+            self._graph = Graph(pass_of, lambda named, *tensors: list(call_with(pass_of, named, *tensors)), batch)
+            self._compare(batch, state)
+        finally:
+            state.restore()
         self.seconds = time.perf_counter() - start
 
-    def __call__(self, model: Any, guide: Any, *batch: Tensor, num_particles: int) -> LogProbabilities:
+    def __call__(self, *batch: Tensor, num_particles: int) -> LogProbabilities:
         """Draw particles and give their log-probabilities; see `estimators.log_probabilities`."""
-        if num_particles != self.num_particles or [tensor.shape for tensor in batch] != self._shapes:
-            return log_probabilities(model, guide, *batch, num_particles=num_particles)
+        if num_particles != self.num_particles or not self._graph.suits(*batch):
+            return log_probabilities(self.program.model, self.program.guide, *batch, num_particles=num_particles)
         return LogProbabilities(*self._graph(*batch))
 
     def _compare(self, batch: Sequence[Tensor], state: random_state) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -14,13 +14,15 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae.compilation.graphs import Graph, NotCompilableError, call_with
+from pyro_vae.compilation.state import check_hooks, fingerprint, left_alone, unchanged
 from pyro_vae.estimators.objective import Objective
 from pyro_vae.estimators.particles import random_state
-from pyro_vae.programs import Program
+from pyro_vae.handlers import check_weight
+from pyro_vae.programs import Program, check_param_sites
 
 __all__ = ["CompiledStep", "annealed", "compile_step"]
 
-_PROBES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # training progress at which schedules are looked at
+_PROBES = [i / 100 for i in range(101)]  # training progress at which schedules are looked at
 _BETA = 0.37  # of the example: no value that anything could be special for
 
 
@@ -37,9 +39,11 @@ def compile_step(
     graph of arithmetic, which TorchInductor turns into few kernels. On the example the graph must then give the loss
     and the gradients that the program gives, from the same random numbers.
 
-    A step of the graph draws the very random numbers that a step of the program does. Batches of other shapes than the
-    example's, and a program in the other of its two modes (training or evaluation), are run as they are, uncompiled.
-    Handlers around this call, such as `handlers.weigh`, become part of the graph.
+    A step of the graph draws the very random numbers that a step of the program does. Batches of another layout than
+    the example's, and a program of which a layer is in another mode (training or evaluation) or a parameter was frozen
+    or replaced, are run as they are, uncompiled. Handlers around this call, such as `handlers.weigh`, become part of
+    the graph; those around a step do not. What else is changed in Python afterwards, such as the number of particles
+    of the estimator, makes no difference any more.
 
     Args:
         program: The program, on the device and in the mode (`train()`) that it is to run in.
@@ -52,9 +56,10 @@ def compile_step(
         A `CompiledStep`, to be called with a batch.
 
     Raises:
-        NotCompilableError: If what the step computes depends on values of tensors (`Tape` lets it go back to random
-            numbers), if the estimator keeps state from step to step, if there is no C++ compiler (on a CPU), or if the
-            graph does not give what the program gives.
+        ValueError: If there is no batch, nothing to train, or a parameter in Pyro's store that is not the program's.
+        NotCompilableError: If what the step computes depends on values of tensors, if the program or the estimator
+            keeps anything from step to step (other than in buffers that it changes in place), if there are hooks, if
+            there is no C++ compiler (on a CPU), or if the graph does not give what the program gives.
 
     Example:
         >>> import pyro_vae
@@ -67,6 +72,12 @@ def compile_step(
         ...     optimizer.step()
     """
     batch = (example_batch,) if isinstance(example_batch, Tensor) else tuple(example_batch)
+    if not batch or not all(isinstance(tensor, Tensor) and tensor.numel() for tensor in batch):
+        raise ValueError("example_batch: expected a batch of data as tensors, got none, or something else")
+    if not isinstance(estimator, ELBO):
+        raise ValueError(f"estimator: expected a pyro.infer.ELBO such as Trace_ELBO(), got {type(estimator).__name__}")
+    if not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in program.parameters())):
+        raise ValueError(f"expected parameters of {type(program).__name__} to train, and gradients to be enabled")
     return CompiledStep(Objective(program, estimator), batch, precision=precision)
 
 
@@ -96,12 +107,15 @@ class CompiledStep:
     ):
         start = time.perf_counter()
         self.objective, self.prepare, self.precision = objective, prepare, precision
-        self._kind = self._kind_of(example)
         self._parameters = dict(objective.named_parameters())
         self._dtype = next((p.dtype for p in self._parameters.values() if p.is_floating_point()), torch.float32)
         self._trained: list[str] = []  # the parameters whose gradients the graph gives, in their order
-        with _left_alone(objective, example):
+        check_hooks(objective)
+        with left_alone(objective, example):
             self._eager(1.0, *example)  # an estimator may have things to find out, in its first run
+            check_param_sites(objective.program, objective.param_store["params"])
+            with unchanged(objective):
+                self._eager(1.0, *example)
             self._knobs = list(_knobs(objective))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the first run has said what there is to say
@@ -124,16 +138,16 @@ class CompiledStep:
         Returns:
             Loss, rate and distortion, means over the batch in nats per datum, a tensor of shape `(3,)`.
         """
-        if self._kind_of(batch) != self._kind:
+        check_weight("beta", beta)
+        inputs = [*self._numbers(beta), *batch]
+        if not self._graph.suits(*inputs):
             return self._eager(beta, *batch)
-        figures, *gradients = self._graph(*self._numbers(beta), *batch)
+        figures, *gradients = self._graph(*inputs)
+        for parameter in self._parameters.values():
+            parameter.grad = None
         for name, gradient in zip(self._trained, gradients, strict=True):
             self._parameters[name].grad = gradient
         return figures
-
-    def _kind_of(self, batch: Sequence[Tensor]) -> Any:
-        training = self.objective.program.training
-        return training, [(tensor.shape, tensor.dtype, tensor.device) for tensor in batch]
 
     def _numbers(self, beta: float) -> list[Tensor]:
         return [torch.tensor(v, dtype=self._dtype) for v in (beta, *(getattr(*knob) for knob in self._knobs))]
@@ -167,27 +181,35 @@ class CompiledStep:
     def _compare(self, example: Sequence[Tensor]) -> None:
         """Raise unless the graph gives what the program gives, from the same random numbers."""
         state = random_state(example)
-        figures, gradients = self._eager(_BETA, *example), self._gradients()
+        figures, expected = self._eager(_BETA, *example), self._gradients()
         state.restore()
-        compiled, theirs = self(*example, beta=_BETA), self._gradients()
+        compiled, found = self(*example, beta=_BETA), self._gradients()
         if any(name.startswith("__") for name in self.objective.param_store["params"]):
             raise NotCompilableError(f"{type(self.objective.estimator).__name__} keeps state from step to step")
-        if gradients.keys() != theirs.keys():
-            raise NotCompilableError(f"the graph reaches other parameters: {sorted(gradients.keys() ^ theirs.keys())}")
-        ours = torch.cat([gradients[name].flatten() for name in theirs])
-        error = (ours - torch.cat([gradient.flatten() for gradient in theirs.values()])).norm() / ours.norm()
+        if expected.keys() != found.keys():
+            raise NotCompilableError(f"the graph reaches other parameters: {sorted(expected.keys() ^ found.keys())}")
+        with self.precision():
+            mixed = torch.is_autocast_enabled(figures.device.type)
         # Other random numbers would make a difference of a percent at least; rounding makes one far below.
-        allowed = 1e-6 if figures.dtype == torch.float64 else 1e-3
-        if torch.is_autocast_enabled(figures.device.type):
-            allowed = 3e-2
-        if error > allowed or not torch.allclose(figures, compiled, rtol=allowed, equal_nan=True):
+        rtol, atol = (3e-2, 1e-2) if mixed else (1e-6, 1e-12) if figures.dtype == torch.float64 else (1e-3, 1e-5)
+        largest = max(gradient.nan_to_num().norm().item() for gradient in expected.values())
+        off = [name for name in expected if not _alike(found[name], expected[name], rtol, atol * largest)]
+        if off or not torch.allclose(compiled, figures, rtol=rtol, equal_nan=True):
             raise NotCompilableError(
-                f"the graph does not give what the program gives: loss {compiled[0]:g} for {figures[0]:g}, gradients "
-                f"off by {error:.1e} of their norm; does the program keep anything in Python from step to step?"
+                f"the graph does not give what the program gives: loss {compiled[0]:g} for {figures[0]:g}, other "
+                f"gradients of {', '.join(off[:3]) or 'none'}; does the program keep anything from step to step?"
             )
 
     def _gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+
+
+def _alike(one: Tensor, other: Tensor, rtol: float, atol: float) -> bool:
+    """Whether two gradients are the same but for rounding, and not finite in the same places."""
+    if not torch.equal(one.isfinite(), other.isfinite()):
+        return False
+    one, other = (gradient.nan_to_num(posinf=0.0, neginf=0.0) for gradient in (one, other))
+    return bool((one - other).norm() <= rtol * other.norm() + atol)
 
 
 class _Knob(NamedTuple):
@@ -206,30 +228,16 @@ def _knobs(objective: Objective) -> Iterator[_Knob]:
     """The numbers that change with the progress of training. (Of modules they may be buffers, which are inputs.)"""
     for owner in annealed(objective):
         before = dict(vars(owner))
-        seen = []
+        varying: set[str] = set()
         for progress in _PROBES:
+            seen = fingerprint(owner)
             owner.set_progress(progress)
-            seen.append({name: value for name, value in vars(owner).items() if isinstance(value, int | float)})
-        for name, value in seen[0].items():
-            if any(other.get(name) != value for other in seen):
-                setattr(owner, name, before[name])
-                yield _Knob(owner, name)
-
-
-@contextmanager
-def _left_alone(objective: Objective, batch: Sequence[Tensor]) -> Iterator[None]:
-    """Leave random state, gradients, buffers and what estimators keep as they were."""
-    state, kept = random_state(batch), objective.param_store
-    gradients = {parameter: parameter.grad for parameter in objective.parameters()}
-    buffers = {buffer: buffer.clone() for buffer in objective.buffers()}
-    objective.param_store = {"params": {}, "constraints": {}}
-    try:
-        yield
-    finally:
-        objective.param_store = kept
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
-        state.restore()
+            varying |= {name for name, value in fingerprint(owner).items() if seen.get(name, value) != value}
+        for name in sorted(varying):
+            if not isinstance(before.get(name), int | float):
+                raise NotCompilableError(
+                    f"{type(owner).__name__}.set_progress changes {name!r}, which is neither a number nor a buffer "
+                    "that is filled in place"
+                )
+            setattr(owner, name, before[name])
+            yield _Knob(owner, name)

@@ -198,6 +198,11 @@ class Batches:
         # Labels and other companions keep integer dtypes.
         return (to_float(x, self.dtype), *(r.to(self.dtype) if r.is_floating_point() else r for r in rest))
 
+    def is_whole(self, raw: tuple[Tensor, ...]) -> bool:
+        """Whether this is (the process's share of) a batch of the full size, and no smaller one at an epoch's end."""
+        full = self.source.batch_size if isinstance(self.source, DataLoader) else self.batch_size
+        return full is None or len(raw[0]) == len(range(full)[self._share(full)])
+
     def rows(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The batch of these rows, a tensor of indices on the program's device, of data in memory."""
         return self.prepare(rows, *self.source.tensors)

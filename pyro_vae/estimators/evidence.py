@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def estimate_evidence(
     *batch: Any,
     num_particles: int = 5000,
     at_once: int = PARTICLES_AT_ONCE,
-    draw: Callable[..., LogProbabilities] = log_probabilities,
+    draw: Callable[..., LogProbabilities] | None = None,
     advance: Callable[[float], Any] | None = None,
 ) -> Evidence:
     r"""Log-evidence, rate and distortion of each datum, from the same particles.
@@ -57,7 +58,7 @@ def estimate_evidence(
         *batch: Arguments of both.
         num_particles: Number `K` of particles a datum.
         at_once: Particles in a pass.
-        draw: What takes a pass: `log_probabilities`, or a compiled form of it.
+        draw: What takes a pass, called with the batch and `num_particles=`; by default `log_probabilities`.
         advance: Called with the share of the work done since the last call, for a progress bar.
 
     Raises:
@@ -75,6 +76,7 @@ def estimate_evidence(
     """
     if num_particles < 1:
         raise ValueError(f"num_particles: expected a positive number, got {num_particles}")
+    draw = draw or partial(log_probabilities, model, guide)
     log_sum: Any = torch.tensor(-torch.inf)
     log_squares: Any = torch.tensor(-torch.inf)
     rate: Any = 0
@@ -82,7 +84,7 @@ def estimate_evidence(
     for first in range(0, num_particles, at_once):
         k = min(at_once, num_particles - first)
         with torch.no_grad():
-            passed = draw(model, guide, *batch, num_particles=k)
+            passed = draw(*batch, num_particles=k)
         prior, likelihood, posterior = (log_prob.cpu().double() for log_prob in passed)
         log_weights = prior + likelihood - posterior
         log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_weights, 0))

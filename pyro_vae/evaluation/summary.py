@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from pyro_vae.compilation import CompiledLogProbabilities, NotCompilableError, check_compile
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE, estimate_evidence
-from pyro_vae.estimators.particles import log_probabilities
+from pyro_vae.estimators.particles import LogProbabilities, log_probabilities
 from pyro_vae.evaluation.batches import checked_batches
 from pyro_vae.programs import Program, undisturbed
 
 __all__ = ["Summary", "elbo", "rate_distortion", "summarize"]
 
+_TIMED_PASSES = 5
 WORTH_COMPILING = 20.0  # seconds that all passes would take; compiling takes five or ten, and saves half of them
 
 
@@ -86,14 +88,11 @@ def summarize(
     check_compile(compile)
     at_once = math.ceil(num_particles / math.ceil(num_particles / PARTICLES_AT_ONCE))  # passes of one size, or nearly
     batches = checked_batches(program, data, at_once)
-    parts: list[Summary] = []
-    draw: Any = log_probabilities
+    draw = _Passes(program, at_once, batches.batch_size, compile)
+    parts = []
     with undisturbed(program, seed), pyro.validation_enabled(False):
-        start = time.perf_counter()
+        draw.remaining = len(batches) * math.ceil(num_particles / at_once)
         for batch in batches.epoch(0):
-            seconds = (time.perf_counter() - start) * (len(batches) - 1)  # of all others, as the first one took
-            if compile is True or (compile == "auto" and len(parts) == 1 and seconds > WORTH_COMPILING):
-                draw, compile = _compiled(program, batch, at_once), False
             found = estimate_evidence(
                 program.model,
                 program.guide,
@@ -108,12 +107,34 @@ def summarize(
     return Summary(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _compiled(program: Program, batch: tuple[Tensor, ...], num_particles: int) -> Any:
-    try:
-        return CompiledLogProbabilities(program, batch, num_particles)
-    except NotCompilableError as error:
-        warnings.warn(f"the passes are not compiled: {error}", stacklevel=4)
-        return log_probabilities
+class _Passes:
+    """Passes of particles, compiled where they are told to be, or where it pays."""
+
+    def __init__(self, program: Program, num_particles: int, batch_size: int, compile: str | bool):
+        self.program, self.num_particles, self.batch_size, self.compile = program, num_particles, batch_size, compile
+        self.remaining = 0
+        self._draw: Any = partial(log_probabilities, program.model, program.guide)
+        self._taken, self._start = 0, 0.0
+
+    def __call__(self, *batch: Tensor, num_particles: int) -> LogProbabilities:
+        whole = num_particles == self.num_particles and len(batch[0]) == self.batch_size
+        if whole and self._is_to_be_compiled():
+            self.compile = False  # whatever comes of it
+            try:
+                self._draw = CompiledLogProbabilities(self.program, batch, num_particles)
+            except NotCompilableError as error:
+                warnings.warn(f"the passes are not compiled: {error}", stacklevel=5)
+        self._taken, self.remaining = self._taken + 1, self.remaining - 1
+        return self._draw(*batch, num_particles=num_particles)
+
+    def _is_to_be_compiled(self) -> bool:
+        if self.compile != "auto":
+            return bool(self.compile)
+        if self._taken == 1:  # the first pass is slower than others
+            self._start = time.perf_counter()
+        if self._taken <= _TIMED_PASSES:
+            return False
+        return (time.perf_counter() - self._start) / (self._taken - 1) * self.remaining > WORTH_COMPILING
 
 
 def part_of(advance: Any, share: float) -> Any:

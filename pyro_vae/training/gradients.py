@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vae.compilation import CompiledStep, NotCompilableError
 from pyro_vae.data import Batches
 from pyro_vae.estimators.objective import Objective
+from pyro_vae.estimators.particles import random_state
 
 __all__ = ["Gradients"]
 
@@ -42,7 +43,8 @@ class Gradients:
         self.compiled: CompiledStep | None = None
         self.announce: Callable[[str], None] = lambda line: None
         self._fabric_objective = placed
-        self._steps, self._start = 0, 0.0
+        self._steps, self._start, self._seconds = 0, 0.0, 0.0
+        self._before: random_state
 
     def __call__(self, beta: float, raw: tuple[Tensor, ...], remaining: int) -> Tensor:
         """Put the gradients of a batch in place of the parameters' own.
@@ -55,16 +57,20 @@ class Gradients:
         Returns:
             Loss, rate and distortion per datum, a tensor of shape `(3,)`.
         """
-        if self._is_to_be_compiled(remaining):
+        if self.batches.is_whole(raw) and self._is_to_be_compiled(remaining):
             self.compile = False  # whatever comes of it
             self._try_to_compile(raw)
         self._steps += 1
-        return self._eager(beta, raw) if self.compiled is None else self.compiled(*raw, beta=beta)
+        if self.compiled is None:
+            return self._eager(beta, raw)
+        self._before = random_state(raw)
+        return self.compiled(*raw, beta=beta)
 
     def first_nonfinite(self, beta: float, raw: tuple[Tensor, ...]) -> str:
         """The first site of the last step that was not finite, in words."""
-        if self.compiled is not None:  # the graph knows no sites: once more, with other random numbers
-            with pyro.validation_enabled(False):
+        if self.compiled is not None:  # the graph knows no sites: once more, with the same random numbers
+            self._before.restore()
+            with pyro.validation_enabled(False), self.fabric.autocast():
                 self.objective(beta, *self.batches.prepare(*raw))
         return self.objective.recorded.first_nonfinite()
 
@@ -82,9 +88,10 @@ class Gradients:
             return bool(self.compile)
         if self._steps == 1:  # the first step is slower than others
             self._start = time.perf_counter()
-        if self._steps != 1 + _TIMED_STEPS:
+        if self._steps <= _TIMED_STEPS:
             return False
-        return (time.perf_counter() - self._start) / _TIMED_STEPS * remaining > WORTH_COMPILING
+        self._seconds = self._seconds or (time.perf_counter() - self._start) / (self._steps - 1)
+        return self._seconds * remaining > WORTH_COMPILING
 
     def _try_to_compile(self, raw: tuple[Tensor, ...]) -> None:
         self.announce("compiling the step ...")
@@ -93,6 +100,6 @@ class Gradients:
                 raise NotCompilableError("16-mixed scales gradients from step to step; bf16-mixed does not")
             self.compiled = CompiledStep(self.objective, raw, self.batches.prepare, self.fabric.autocast)
         except NotCompilableError as error:
-            warnings.warn(f"the step is not compiled: {error}", stacklevel=6)
+            warnings.warn(f"the step is not compiled: {error}", stacklevel=8)  # whoever called fit
         else:
             self.announce(f"compiled the step in {self.compiled.seconds:.0f} s")
