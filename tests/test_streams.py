@@ -2,24 +2,30 @@
 
 import multiprocessing
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import yaml
 import zarr
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, get_worker_info
 
 import pyro_vae
 from pyro_vae import cli, evaluation
-from pyro_vae.data import Batches, InMemory, OnDisk, as_source, disk, files, load
+from pyro_vae.cli.configuration import expanded
+from pyro_vae.data import Batches, InMemory, OnDisk, as_source, check, checks, disk, files, load
 from pyro_vae.data.disk import is_on_disk
 from pyro_vae.training import Training, fit
 
@@ -257,7 +263,7 @@ def test_load_keeps_a_file_on_disk(tmp_path, images, name):
         assert torch.equal(part[:].flatten(1).unique(dim=0), other[:].flatten(1).unique(dim=0))  # in another order
         assert torch.equal(part.loaded()[:], part[:])
     assert on_disk.train.source["in_memory"] is False
-    assert "in_memory" not in in_memory.train.source
+    assert in_memory.train.source["in_memory"] is True
 
 
 @pytest.mark.parametrize("name", ["x.npy", "x.zarr"])
@@ -267,6 +273,27 @@ def test_a_file_of_more_than_a_share_of_memory_stays(tmp_path, images, name, mon
     monkeypatch.setattr(files, "MEMORY_SHARE", 1e-12)
     assert isinstance(load(path).train, OnDisk)
     assert isinstance(load(path, in_memory=True).train, InMemory)
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_the_record_says_where_the_data_were(tmp_path, images, share, monkeypatch):
+    """A machine of another size reads them in the same way, as the noise of splits is another on disk."""
+    np.save(tmp_path / "x.npy", images)
+    monkeypatch.setattr(files, "MEMORY_SHARE", share)
+    first = load(tmp_path / "x.npy", binarize="static")
+    monkeypatch.setattr(files, "MEMORY_SHARE", 1 - share)
+    recorded = first.train.source
+    again = load(recorded["data"], binarize="static", in_memory=recorded["in_memory"])
+    for part, other in zip(first, again, strict=True):
+        assert type(part) is type(other)
+        assert torch.equal(part[:], other[:])
+
+
+def test_the_command_reads_as_the_run_did(tmp_path):
+    for in_memory in (True, False):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": "x.npy", "in_memory": in_memory}))
+        flag = "--in-memory" if in_memory else "--no-in-memory"
+        assert flag in expanded(["fit", "--config", str(tmp_path / "config.yaml")])
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -367,6 +394,140 @@ def test_grey_after_zeros_and_ones(store, monkeypatch, zeros_and_ones):
         list(Batches(store(zeros_and_ones), make(), 10).epoch(0))
 
 
+ONES = np.ones((400, 4), "float32")
+
+
+def with_bad(x, value):
+    """Data that do not suit far behind the first batch, and between those that are looked at."""
+    x = x.copy()
+    x[333] = value
+    return x
+
+
+@pytest.mark.parametrize(("likelihood", "x", "message"), [
+    ("Bernoulli()", with_bad(ONES, 5), "support of the Bernoulli likelihood .*from 1 to 5"),
+    ("Bernoulli()", with_bad(ONES, 0.5), "expected 0 and 1, as in the data looked at first, got 0.5; binarize"),
+    ("Poisson()", with_bad(ONES, -2), "support of the Poisson likelihood .*from -2 to 1; .*Gaussian"),
+    ("Poisson()", with_bad(ONES.astype("int8"), -2), "support of the Poisson likelihood"),
+    ("Binomial(total_count=9)", with_bad(ONES, 10), "support of the Binomial likelihood .*from 1 to 10"),
+    ("DiscretizedLogistic()", with_bad(ONES, 0.51), "support of the DiscretizedLogistic likelihood"),
+    ("Heterogeneous({('a', 'b'): Gaussian, ('c', 'd'): LogNormal})", with_bad(ONES, -1), "x.c_d: .* LogNormal"),
+    ("Gaussian()", with_bad(ONES, -7), None),
+    ("Heterogeneous({('a', 'b'): Gaussian, ('c', 'd'): LogNormal})", with_bad(ONES, (-1, -1, 1, 1)), None),
+])  # fmt: skip
+def test_values_that_do_not_suit_the_program_raise_when_they_are_read(store, likelihood, x, message):
+    """In any epoch's order, and in parts, as what is read at once is many times as large as floats."""
+    vae = pyro_vae.build((4,), latent=2, network="MLP(hidden=[4])", likelihood=likelihood)
+    options = {"epochs": 1, "batch_size": 20, "seed": 0, "progress": False}
+    data = store(x)
+    if message is None:
+        assert len(fit(vae, data, **options).history) == 1
+        return
+    with pytest.raises(ValueError, match=message) as caught:
+        fit(vae, data, **options)
+    assert "\n" not in str(caught.value)
+    batches = Batches(OnDisk(data, window=7), vae, 20)
+    check(vae, batches)
+    with pytest.raises(ValueError, match=message):
+        list(batches.epoch(0))
+    assert not left_behind()
+
+
+def test_values_are_tested_until_all_were_read(store, monkeypatch):
+    monkeypatch.setattr(checks, "_AT_ONCE", 100)
+    vae = pyro_vae.build((4,), latent=2, network="MLP(hidden=[4])")
+    batches = Batches(store(with_bad(ONES, 2)), vae, 20, seed=0)
+    check(vae, batches)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="support of the Bernoulli"):
+            list(batches.epoch(0))
+    batches = Batches(store(ONES, "good"), vae, 20, seed=0)
+    check(vae, batches)
+    assert len(list(batches.epoch(0, skip=1))) == 19
+    assert batches.tests
+    assert len(list(batches.epoch(0))) == 20
+    assert not batches.tests
+
+
+def test_noise_and_bounds_of_a_batch_are_no_matter_of_the_file(store):
+    """What is binarized is 0 and 1 as it is served; bounds that differ from value to value hold for their batch."""
+    vae = pyro_vae.build((4,), latent=2, network="MLP(hidden=[4])")
+    x = with_bad(ONES, 0.5)
+    for data in (OnDisk(store(x), binarize="dynamic"), OnDisk(store(x, "b"), binarize="dynamic").frozen(0)):
+        fit(vae, data, epochs=1, batch_size=20, seed=0, progress=False)
+
+    class Bounded(nn.Module):
+        def model(self, x):
+            with pyro_vae.programs.data_plate(x):
+                high = 2 + torch.arange(20.0)[:, None].expand(20, 4)
+                pyro.sample("x", dist.Uniform(-1.0, high).to_event(1), obs=x)
+
+        def guide(self, x): ...
+
+    batches = Batches(store(with_bad(ONES, 30), "c"), Bounded(), 20)
+    check(Bounded(), batches)
+    assert not batches.tests
+
+
+def test_grey_values_that_were_looked_at_are_warned_of(store):
+    x = ONES.copy()
+    x[-1] = 0.5
+    vae = pyro_vae.build((4,), latent=2, network="MLP(hidden=[4])")
+    with pytest.warns(UserWarning, match="grey values under a Bernoulli") as caught:
+        fit(vae, store(x), epochs=1, batch_size=20, seed=0, progress=False)
+    assert len(caught) == 1
+
+
+def test_exposures_are_checked_as_they_are_read(store):
+    vae = pyro_vae.build((4,), latent=2, network="MLP(hidden=[4])", likelihood="Poisson(exposure=True)")
+    with pytest.raises(ValueError, match="exposure: expected values above 0, got -1"):
+        fit(vae, (store(ONES), with_bad(ONES[:, 0], -1)), epochs=1, batch_size=20, seed=0, progress=False)
+
+
+def test_parts_that_are_loaded_are_read_as_the_whole(store, images):
+    images[:3] = 1
+    images[4] = 200
+    data = OnDisk(store(images)).select(slice(3))
+    assert torch.equal(data.loaded()[:], torch.full((3, 4, 4), 1 / 255))
+    assert torch.equal(data.loaded()[:], data[:])
+
+
+class Scalars(nn.Module):
+    """A program of data without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(()))
+
+    def model(self, x):
+        with pyro_vae.programs.data_plate(x):
+            pyro.sample("x", dist.Normal(self.loc.expand(len(x)), 1.0), obs=x)
+
+    def guide(self, x): ...
+
+
+def test_data_without_dimensions(store):
+    x = np.linspace(-1, 1, 50).astype("float32")
+    first, second = Scalars(), Scalars()
+    fit(first, store(x), epochs=1, **QUIET)
+    fit(second, x, epochs=1, **QUIET)
+    assert equal(first, second)
+    with pytest.raises(ValueError, match="NaN or infinity in datum 3"):
+        OnDisk(store(np.array([0, 1, 2, np.nan]), "bad"))[3]
+
+
+def test_a_seed_below_zero(store):
+    data = OnDisk(store(np.full((40, 9), 0.5, "float32")), binarize="static", seed=-1)
+    assert torch.equal(data[:], data[:])
+    assert 0.3 < data[:].mean() < 0.7
+
+
+@pytest.mark.parametrize("window", [0, -3, 1.5])
+def test_a_window_is_checked(store, window):
+    with pytest.raises(ValueError, match=f"window: expected a whole number of data, 1 or more, got {window}"):
+        OnDisk(store(ONES), window=window)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ((np.zeros((0, 2)),), "at least one datum"),
     ((np.array(["a", "b"]),), "array of numbers"),
@@ -380,8 +541,9 @@ def test_arrays_that_are_refused(arguments, message):
 
 def test_files_that_are_refused(tmp_path, images):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n3,4\n")
-    with pytest.raises(ValueError, match=r"expected a .npy or .zarr file, got x.csv"):
-        load(tmp_path / "x.csv", in_memory=False)
+    for name in (tmp_path / "x.csv", "digits", "mnist"):
+        with pytest.raises(ValueError, match=f"in_memory=False: expected a .npy or .zarr file, got {Path(name).name}"):
+            load(name, in_memory=False)
     (tmp_path / "empty.zarr").mkdir()
     with pytest.raises(ValueError, match="no array"):
         load(tmp_path / "empty.zarr")
@@ -455,9 +617,162 @@ def test_fit_with_workers_is_fit_without(zeros_and_ones):
 
 
 def test_an_error_of_a_worker_comes_through(zeros_and_ones):
-    with pytest.raises(RuntimeError, match="datum 52 is broken"):
+    with pytest.raises(RuntimeError) as caught:
         fit(make(), Grey(zeros_and_ones.astype("float32"), bad=52), num_workers=1, **QUIET)
+    assert str(caught.value) == "data: worker: RuntimeError: datum 52 is broken"
+    assert "in __getitem__" in caught.value.__notes__[0]
     assert not left_behind()
+
+
+class OwnError(LookupError):
+    """An error that wants two arguments."""
+
+    def __init__(self, name, place):
+        super().__init__(f"{name} at\n{place}")
+
+
+ERRORS = [
+    (FileNotFoundError("no x.png"), FileNotFoundError, "FileNotFoundError: no x.png"),
+    (OwnError("x", 3), LookupError, "OwnError: x at 3"),
+    (UnicodeDecodeError("utf8", b"x", 0, 1, "bad"), RuntimeError, "UnicodeDecodeError: 'utf8' codec .*: bad"),
+]
+
+
+class Failing(IterableDataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 20
+
+    def __iter__(self):
+        yield from torch.zeros(8, 4, 4)
+        raise self.error
+
+
+class Ragged(Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        return torch.zeros(4, 4 + (i == 13))
+
+
+@pytest.mark.parametrize(("error", "kind", "message"), ERRORS)
+def test_an_error_of_a_worker_keeps_its_type(error, kind, message):
+    batches = Batches(Failing(error), make(), 5, num_workers=1)
+    with pytest.raises(kind) as caught:
+        list(batches.epoch(0))
+    batches.close()
+    assert re.fullmatch(f"data: worker: {message}", str(caught.value))
+    with pytest.raises(type(error)) as caught:
+        list(Batches(Failing(error), make(), 5).epoch(0))
+    assert caught.value is error
+
+
+def test_data_of_several_shapes_in_a_worker():
+    batches = Batches(Ragged(), make(), 5, num_workers=1)
+    with pytest.raises(RuntimeError, match="^data: worker: RuntimeError: stack expects each tensor to be equal size"):
+        list(batches.epoch(0))
+    batches.close()
+
+
+class Drawing(Dataset):
+    """Data with noise of torch, NumPy and Python."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        return torch.tensor([i, torch.rand(()), np.random.rand(), random.random()])
+
+
+class DrawingStream(IterableDataset):
+    def __len__(self):
+        return 20
+
+    def __iter__(self):
+        return (Drawing()[i] for i in range(20))
+
+
+@pytest.mark.parametrize("data", [Drawing(), DrawingStream()])
+def test_draws_are_a_function_of_seed_and_epoch(data):
+    """Whatever was drawn or read before, whoever reads, and whatever is skipped; those outside go on as they would."""
+    program = pyro_vae.build((4,), latent=2)
+    batches = Batches(data, program, 8, seed=3, num_workers=1)
+    wanted = [list(batches.epoch(epoch)) for epoch in (0, 1)]
+    assert not any(torch.equal(a, b) for (a,), (b,) in zip(*[[[x[:, 1:]] for (x,) in e] for e in wanted], strict=True))
+    assert len(torch.cat([x[:, 1:] for (x,) in wanted[0]]).unique()) == 60
+    assert same(batches.epoch(1), wanted[1])
+    assert same(batches.epoch(1, skip=2), wanted[1][2:])
+    batches.close()
+    assert same(batches.epoch(1), wanted[1])
+    batches.close()
+    assert not same(Batches(data, program, 8, seed=4).epoch(1), wanted[1])
+    if isinstance(data, IterableDataset):
+        return
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    assert same(Batches(data, program, 8, seed=3).epoch(1, skip=1), wanted[1][1:])
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])
+    assert before[2] == random.getstate()
+    first, second = (list(Batches(data, program, 8).epoch(0)) for _ in range(2))  # an evaluation draws as it is seeded
+    assert not same(first, second)
+
+
+def test_a_run_directory_changes_nothing(tmp_path):
+    """A program that draws gets the same data, and a stream is looked at once before the first step."""
+    looks = []
+
+    class Counted(Stream):
+        def __iter__(self):
+            looks.append(1)
+            return super().__iter__()
+
+    histories = []
+    for out in (None, tmp_path / "run"):
+        looks.clear()
+        vae = pyro_vae.build((4,), latent=2, network="MLP(hidden=[4])", likelihood="Gaussian()")
+        torch.manual_seed(0)
+        for parameter in vae.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        fit(vae, Counted(torch.ones(20, 4), 20), epochs=1, out=out, **QUIET)
+        assert len(looks) == 2
+        histories.append(fit(vae, Drawing(), epochs=2, num_workers=1, out=out, overwrite=True, **QUIET).history.loss)
+    assert histories[0].tolist() == histories[1].tolist()
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["recorded"]["event_shape"] == [4]
+
+
+class Shuffled(Sampler):
+    """An order that is drawn as it is asked for, by Python and NumPy."""
+
+    def __len__(self):
+        return 20
+
+    def __iter__(self):
+        left = list(range(20))
+        while left:
+            draw = random.randrange if len(left) % 2 else np.random.randint
+            yield left.pop(draw(len(left)))
+
+
+def test_processes_draw_the_same_order_of_a_loader():
+    shares = []
+    for rank in (0, 1):
+        loader = DataLoader(TensorDataset(torch.arange(20.0)[:, None]), batch_size=5, sampler=Shuffled())
+        batches = Batches(loader, pyro_vae.build((1,), latent=1), 5, seed=0)
+        batches.rank, batches.count = rank, 2
+        for state in (random.seed, np.random.seed, torch.manual_seed):
+            state(rank)
+        before = random.getstate(), np.random.get_state()[1].copy()
+        epoch = [[x.flatten() for (x,) in batches.epoch(number)] for number in (0, 1)]
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == (before[0], before[1].tolist())
+        assert same(batches.epoch(1, skip=2), [(x[:, None],) for x in epoch[1][2:]])
+        shares.append([torch.cat(parts) for parts in epoch])
+    for number in (0, 1):
+        assert torch.cat([shares[0][number], shares[1][number]]).sort().values.tolist() == list(range(20))
+    assert not torch.equal(shares[0][0], shares[0][1])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -491,9 +806,23 @@ def test_a_stream_without_length():
             Batches(data, make(), 2)
 
 
-def test_a_number_of_workers_is_checked(zeros_and_ones):
-    with pytest.raises(ValueError, match="num_workers: expected 0 or more, got -1"):
-        fit(make(), zeros_and_ones, num_workers=-1, **QUIET)
+@pytest.mark.parametrize("num_workers", [-1, None, 1.5, "2", True])
+def test_a_number_of_workers_is_checked(zeros_and_ones, num_workers):
+    message = f"num_workers: expected a whole number, 0 or more, got {num_workers!r}"
+    with pytest.raises(ValueError, match=message):
+        fit(make(), zeros_and_ones, num_workers=num_workers, **QUIET)
+    with pytest.raises(ValueError, match=message):
+        Batches(zeros_and_ones, make(), 5, num_workers=num_workers)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ([], "expected tensors in a batch, got none"),
+    (torch.tensor(1.0), "expected tensors in a batch of one row a datum, got one without dimensions"),
+])  # fmt: skip
+def test_batches_of_a_loader_are_checked(given, message):
+    loader = DataLoader(TensorDataset(torch.rand(20, 4, 4)), batch_size=5, collate_fn=lambda _: given)
+    with pytest.raises(ValueError, match=message):
+        fit(make(), loader, **QUIET)
 
 
 # Interrupted and resumed

@@ -235,7 +235,7 @@ def _load(
     config = runs.read_config(run)
     asked: Any = {name.removeprefix("data_"): config.get(name) for name in DATA}
     asked["seed"] = asked["seed"] or 0
-    asked |= {"data": data} if data else {}
+    asked |= {"data": data, "in_memory": None} if data else {}  # which is said of the run's own
     asked |= {"root": root} if root else {}
     if asked["data"] is None:
         raise ValueError(f"{run} was fitted to data that its configuration does not name; name some with --data")

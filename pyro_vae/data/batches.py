@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pyro_vae.data.disk import OnDisk, is_on_disk
 from pyro_vae.data.loading import Splits
-from pyro_vae.data.reading import Plan, end, loader, no_interrupts, read_ahead
+from pyro_vae.data.randomness import Apart, taken_within
+from pyro_vae.data.reading import read_ahead
 from pyro_vae.data.sets import InMemory, Served, to_float
+from pyro_vae.data.workers import Failure, Plan, check_num_workers, end, loader, no_interrupts
 from pyro_vae.programs import MANY, Program, num_inputs, placement
 
 __all__ = ["Batches", "as_source"]
@@ -51,19 +54,26 @@ class Batches:
     """Batches of data on the program's device, one epoch at a time, in an order that the seed and the epoch fix.
 
     Data on disk are read by threads while the program computes, a `Dataset` by the processes of a `DataLoader`, where
-    there are any.
+    there are any. What a `Dataset` draws, from the random numbers of torch, NumPy or Python, is a function of seed,
+    epoch and batch, whoever reads it; so is what a worker draws in an `IterableDataset`, but for the batch.
 
     Args:
         data: Anything that `as_source` takes. A `DataLoader` keeps its own batch size and order (and a run that was
-            stopped within an epoch of one that shuffles goes on with another order), an `IterableDataset` its order.
+            stopped within an epoch of one that shuffles goes on with another order), an `IterableDataset` its order:
+            it must begin anew at each `iter`, as there is one for the first look at the data and one an epoch.
         program: The program, which says how many tensors of a batch it takes, and their device and dtype.
         batch_size: Data in a batch; the last one of an epoch may be smaller.
         seed: Seed of the order; None keeps the order of the data.
         num_workers: Processes that read a `Dataset` (0 reads it between steps; an `IterableDataset` has one at most, as
             each would read all of it), or threads that read data on disk (always one at least). The order is the same.
 
+    Attributes:
+        event_shape: Shape of one datum, once `check` has looked at one.
+        tests: Called with what is read from disk, as it is kept there, until all of it was read; given by `check`.
+
     Raises:
-        ValueError: If the batch size is not in [1, number of data], or the data have no length.
+        ValueError: If the batch size is not in [1, number of data], the data have no length, or `num_workers` is no
+            whole number.
 
     Example:
         >>> import pyro_vae
@@ -73,6 +83,7 @@ class Batches:
     """
 
     def __init__(self, data: Any, program: Program, batch_size: int, seed: int | None = None, num_workers: int = 0):
+        check_num_workers(num_workers)
         self.source: Any = as_source(data)
         self.device, self.dtype = placement(program)
         self.num_inputs = num_inputs(program)
@@ -80,6 +91,8 @@ class Batches:
         self.seed = seed
         self.rank, self.count = 0, 1  # of the processes that share each batch
         self.num_workers = num_workers
+        self.event_shape: tuple[int, ...] | None = None
+        self.tests: list[Callable[..., None]] = []
         self._plan = Plan()
         self._started_loader: DataLoader | None = None
         sized: Any = self.source.dataset if isinstance(self.source, DataLoader) else self.source
@@ -122,43 +135,48 @@ class Batches:
         def read(part: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
             rising, order = part.sort()
             tensors = self.source.read(rising, self.num_inputs)
+            for test in self.tests:
+                test(*tensors)
             return order.argsort().to(self.device), tuple(tensor.to(self.device) for tensor in tensors)
 
         for places, tensors in read_ahead(read, parts, max(1, self.num_workers)):
             for batch in places.split(self.batch_size):
                 yield self._tensors([tensor[batch] for tensor in tensors])
+        if skip == 0:  # all have been tested, and another epoch reads the same
+            self.tests = []
 
     def _streamed(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, ...]]:
         """Batches of a loader, the user's or our own."""
-        ours = not isinstance(self.source, DataLoader)
         left = len(self) - skip
-        if ours and not isinstance(self.source, IterableDataset):  # what is skipped is not read
-            self._plan.batches = self._order(epoch).split(self.batch_size)[skip:]
-            skip = 0
-        source = self._loader(epoch) if ours else self.source
+        source = self.source if isinstance(self.source, DataLoader) else self._loader(epoch, skip)
+        if source is not self.source and not isinstance(self.source, IterableDataset):
+            skip = 0  # the loader reads nothing of it
+        # Processes have random states of their own, and must draw the same order.
+        drawn = Apart(self._state(epoch)) if self.count > 1 else nullcontext()
         # What is skipped was drawn before the checkpoint, whose random state must not be touched again.
-        apart = skip > 0 or self.count > 1
-        with torch.random.fork_rng([], enabled=apart):
-            if self.count > 1:  # processes have random states of their own, and must draw the same order
-                torch.manual_seed(self._state(epoch))
-            with no_interrupts():
+        with torch.random.fork_rng([], enabled=skip > 0):
+            with drawn, no_interrupts():
                 started = iter(source)
-            rest = itertools.islice(started, skip, skip + left)
-            first = list(itertools.islice(rest, 1)) if apart else []
+            rest = taken_within(drawn, itertools.islice(started, skip, skip + left))
+            first = list(itertools.islice(rest, 1)) if skip > 0 else []
         for batch in itertools.chain(first, rest):
             yield self._tensors(batch)
             left -= 1
         if left > 0:
             raise ValueError(f"data: expected {len(self)} batches in an epoch, as its length says, got {left} fewer")
 
-    def _loader(self, epoch: int) -> DataLoader:
-        """Our loader of a `Dataset`, the same one in every epoch."""
+    def _loader(self, epoch: int, skip: int) -> DataLoader:
+        """Our loader of a `Dataset`, the same one in every epoch, set to this one."""
+        self._plan.seed.fill_(self._state(epoch))
+        if not isinstance(self.source, IterableDataset):
+            batches = self._order(epoch).split(self.batch_size)
+            self._plan.batches = (
+                (None if self.seed is None else self._state(epoch, i + 1), batches[i])
+                for i in range(skip, len(batches))
+            )
         if self._started_loader is None:
-            if isinstance(self.source, IterableDataset):
-                how: dict[str, Any] = {"num_workers": min(self.num_workers, 1), "batch_size": self.batch_size}
-            else:
-                how = {"num_workers": self.num_workers, "batch_sampler": self._plan}
-            self._started_loader = loader(self.source, self.device, self._state(epoch), **how)
+            how = {"seed": self._state(epoch), "num_workers": self.num_workers, "batch_size": self.batch_size}
+            self._started_loader = loader(self.source, self._plan, self.device, **how)
         return self._started_loader
 
     def close(self) -> None:
@@ -197,9 +215,9 @@ class Batches:
             return self.source.order(generator, self.batch_size)
         return torch.randperm(self.num_data, generator=generator)
 
-    def _state(self, epoch: int) -> int:
-        """Seed of an epoch."""
-        return int(np.random.SeedSequence((self.seed or 0, epoch)).generate_state(1)[0])
+    def _state(self, *of: int) -> int:
+        """Seed of an epoch, or of a batch in it, counted from 1."""
+        return int(np.random.SeedSequence((self.seed or 0, *of)).generate_state(1)[0])
 
     def _share(self, size: int) -> slice:
         """The rows of a batch that are this process's; none, where there are fewer rows than processes."""
@@ -207,10 +225,13 @@ class Batches:
 
     def _tensors(self, batch: Any) -> tuple[Tensor, ...]:
         """What a stream gave, checked and on the device."""
+        if isinstance(batch, Failure):
+            raise batch.error()
         items = batch if isinstance(batch, tuple | list) else (batch,)
-        if not all(isinstance(item, Tensor) for item in items):
-            raise ValueError(
-                f"data: expected tensors in a batch, got {', '.join(type(item).__name__ for item in items)}"
-            )
+        if not items or not all(isinstance(item, Tensor) for item in items):
+            names = ", ".join(type(item).__name__ for item in items) or "none"
+            raise ValueError(f"data: expected tensors in a batch, got {names}")
+        if any(item.ndim == 0 for item in items):
+            raise ValueError("data: expected tensors in a batch of one row a datum, got one without dimensions")
         share = self._share(len(items[0]))
         return tuple(item[share].to(self.device, non_blocking=True) for item in items[: self.num_inputs])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,12 +16,16 @@ from torch.distributions import TransformedDistribution, constraints
 
 from pyro_vae import likelihoods
 from pyro_vae.data.batches import Batches
-from pyro_vae.data.sets import InMemory
+from pyro_vae.data.disk import OnDisk
+from pyro_vae.data.sets import InMemory, to_float
 from pyro_vae.distributions import Grid, describe
 from pyro_vae.handlers import in_data_plate
 from pyro_vae.programs import Program, check_param_sites, undisturbed
 
 __all__ = ["check"]
+
+_BINARIZE = 'binarize the data (data.load(..., binarize="dynamic")), or use a ContinuousBernoulli likelihood'
+_AT_ONCE = 2**18  # values of a file that are floats at once, 1 MiB, which stays in a processor's cache
 
 
 def check(program: Program, batches: Batches) -> None:
@@ -28,10 +33,14 @@ def check(program: Program, batches: Batches) -> None:
 
     Args:
         program: The program.
-        batches: Its data. Data in memory are checked whole, a stream by its first batch.
+        batches: Its data. Data in memory are checked whole, a stream by its first batch. Data on disk are checked by
+            their first batch, and from then on by `batches` as they are read: exposures, and values at sites whose
+            support is the same in every batch.
 
     Raises:
         ValueError: If the event shape or the columns differ from the likelihood's, or values are outside its support.
+            Of data on disk, as they are read, also if values are grey under a Bernoulli after a look that found 0 and
+            1 alone.
 
     Warns:
         UserWarning: If grey values meet a Bernoulli likelihood.
@@ -49,8 +58,13 @@ def check(program: Program, batches: Batches) -> None:
         likelihood = getattr(program, "likelihood", None)
         _check_columns(likelihood, ordered.source)
         first = next(ordered.epoch(0))
+        batches.event_shape = tuple(first[0].shape[1:])
+        batches.tests = []
+        on_disk = isinstance(ordered.source, OnDisk)
         if getattr(likelihood, "exposure", False):
             _check_exposure((ordered.source.tensors if isinstance(ordered.source, InMemory) else first)[1])
+            if on_disk:
+                batches.tests.append(lambda _, exposure: _check_exposure(exposure))
         expected = getattr(likelihood, "event_shape", None)
         if expected is not None and tuple(first[0].shape[1:]) != tuple(expected):
             raise ValueError(f"x: expected data of event shape {tuple(expected)}, got {tuple(first[0].shape[1:])}")
@@ -69,8 +83,24 @@ def check(program: Program, batches: Batches) -> None:
             wanted, got = tuple(site["fn"].batch_shape + site["fn"].event_shape), tuple(site["value"].shape)
             if wanted != got:
                 raise ValueError(f"{site['name']}: expected data of shape {wanted}, got {got}")
-            whole = columns is not None and isinstance(ordered.source, InMemory)
-            _check_support(site, _Parts(ordered, len(first[0]), columns) if whole else [site["value"]])
+            _check_site(_Wanted(site), site["value"], columns, ordered, batches)
+
+
+def _check_site(wanted: _Wanted, seen: Tensor, columns: Any, ordered: Batches, batches: Batches) -> None:
+    """Check the values of a site: all in memory, of others those seen, and of those on disk the rest later."""
+    source = ordered.source
+    whole = columns is not None and isinstance(source, InMemory)
+    grey = wanted.check(_Parts(ordered, len(seen), columns) if whole else [seen])
+    on_disk = isinstance(source, OnDisk)
+    if on_disk and wanted.binary:
+        grey = grey or source.grey
+    if grey:
+        warnings.warn(
+            f"{wanted.site}: grey values under a Bernoulli are a loss and no likelihood; {_BINARIZE}", stacklevel=4
+        )
+    # What is binarized or dequantized as it is served is what was seen.
+    if on_disk and columns is not None and not source.redrawn and (general := wanted.of_any_batch()):
+        batches.tests.append(_OfDisk(general, columns, ordered.dtype, grey))
 
 
 def _check_columns(likelihood: Any, source: Any) -> None:
@@ -129,27 +159,71 @@ class _Parts:
             yield self.batches.rows(rows)[0][self.columns]
 
 
-def _check_support(site: Any, parts: Iterable[Tensor]) -> None:
-    support = site["fn"].support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    base = site["fn"]
-    # A transformed distribution, such as LogNormal, also has a base, but is another kind.
-    while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
-        base = base.base_dist
-    base = getattr(base, "pixel_likelihood", base)  # of images value by value
-    name, grey = type(base).__name__.removeprefix("Soft"), False
-    for x in parts:
-        if not support.check(x).all():
-            wanted = f"{site['name']}: expected values in the support of the {name} likelihood ({describe(support)})"
-            raise ValueError(f"{wanted}, got {_misfit(name, support, parts)}")
-        grey = grey or (name == "Bernoulli" and not ((x == 0) | (x == 1)).all().item())
-    if grey:
-        warnings.warn(
-            f"{site['name']}: grey values under a Bernoulli are a loss and no likelihood; binarize the data "
-            '(data.load(..., binarize="dynamic")), or use a ContinuousBernoulli likelihood',
-            stacklevel=4,
-        )
+class _Wanted:
+    """What values at an observed site must be."""
+
+    def __init__(self, site: Any):
+        support, base = site["fn"].support, site["fn"]
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        # A transformed distribution, such as LogNormal, also has a base, but is another kind.
+        while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
+            base = base.base_dist
+        base = getattr(base, "pixel_likelihood", base)  # of images value by value
+        self.site, self.support, self.likelihood = site["name"], support, type(base).__name__.removeprefix("Soft")
+        self.binary = self.likelihood == "Bernoulli"
+
+    def check(self, parts: Iterable[Tensor]) -> bool:
+        """Raise unless the values are in the support; whether they are grey where they should be 0 or 1."""
+        grey = False
+        for x in parts:
+            if not self.support.check(x).all():
+                wanted = f"values in the support of the {self.likelihood} likelihood ({describe(self.support)})"
+                raise ValueError(f"{self.site}: expected {wanted}, got {_misfit(self.likelihood, self.support, parts)}")
+            grey = grey or (self.binary and not ((x == 0) | (x == 1)).all().item())
+        return grey
+
+    def of_any_batch(self) -> _Wanted | None:
+        """The same where the support is that of every batch, which bounds that differ within one are not."""
+        general = copy.copy(self)
+        general.support = _of_any_batch(self.support)
+        return None if general.support is None else general
+
+
+class _OfDisk:
+    """The test of what is read from disk for a site, some data at a time, as they are much larger as floats."""
+
+    def __init__(self, wanted: _Wanted, columns: Any, dtype: torch.dtype, may_be_grey: bool):
+        self.wanted, self.columns, self.dtype, self.may_be_grey = wanted, columns, dtype, may_be_grey
+
+    def __call__(self, x: Tensor, *_: Tensor) -> None:
+        for part in x.split(max(1, _AT_ONCE // x[0].numel())):
+            values = to_float(part[self.columns], self.dtype)
+            if self.wanted.check([values]) and not self.may_be_grey:
+                value = values[(values > 0) & (values < 1)][0].item()
+                raise ValueError(
+                    f"{self.wanted.site}: expected 0 and 1, as in the data looked at first, got {value:g}; {_BINARIZE}"
+                )
+
+
+def _of_any_batch(support: Any) -> Any:
+    """A constraint with bounds that are all alike, such as a binomial's count, as numbers; None where they differ."""
+    if isinstance(support, Tensor):
+        low, high = support.min().item(), support.max().item()
+        return low if low == high else None
+    if isinstance(support, list | tuple):
+        parts = [_of_any_batch(part) for part in support]
+        return None if any(part is None for part in parts) else parts
+    if not isinstance(support, constraints.Constraint):
+        return support
+    if constraints.is_dependent(support):
+        return None
+    general = copy.copy(support)
+    for name, value in vars(support).items():
+        setattr(general, name, _of_any_batch(value))
+        if value is not None and getattr(general, name) is None:
+            return None
+    return general
 
 
 def _misfit(name: str, support: Any, parts: Iterable[Tensor]) -> str:

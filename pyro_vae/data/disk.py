@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,10 @@ _LOOKED_AT = 64  # data, from all over the file, that tell images of 0 and 1 fro
 class OnDisk(Served):
     r"""Data in a file, of which only the rows of a few batches are in memory at any time.
 
-    They are served as those of `InMemory` are. What cannot be known without reading all of them (NaN, values that do
-    not suit) raises when the batch that holds it is read.
+    They are served as those of `InMemory` are. What cannot be known without reading all of them raises when the part
+    that holds it is read: NaN and infinity, values that cannot be binarized or dequantized, and grey levels of `uint8`
+    where all of 64 data looked at are 0 and 1. What suits the file may still not suit a program: `Batches` that `check`
+    was given test values and exposures as they are read.
 
     A memory map of up to 16 GiB is shuffled whole. A larger one, and a Zarr array of more than a window, is shuffled
     in blocks: blocks of neighbouring rows (whole chunks of Zarr, about 1 MiB) are put in a random order, and all rows
@@ -45,7 +48,7 @@ class OnDisk(Served):
         window: Data that are shuffled at a time; None for the above.
 
     Raises:
-        ValueError: If there are no data, no numbers, or labels of another length.
+        ValueError: If there are no data, no numbers, labels of another length, or no data in a window.
 
     Reference:
         Steele, Lea and Flood, 2014. Fast splittable pseudorandom number generators (the noise of each datum).
@@ -71,6 +74,8 @@ class OnDisk(Served):
         window: int | None = None,
     ):
         check_noise(binarize, dequantize)
+        if window is not None and (not isinstance(window, Integral) or window < 1):
+            raise ValueError(f"window: expected a whole number of data, 1 or more, got {window!r}")
         self.x, self.source, self.window = x, source, window
         self.y = y if y is None or is_on_disk(y) else as_tensor(y).numpy()
         self.categories = {}
@@ -128,7 +133,7 @@ class OnDisk(Served):
         return (kept,) if self.y is None or num < 2 else (kept, as_tensor(_taken(self.y, rows)))
 
     def _kept(self, x: Tensor, rows: np.ndarray) -> Tensor:
-        if x.is_floating_point() and not (finite := x.isfinite().flatten(1).all(1)).all():
+        if x.is_floating_point() and not (finite := x.isfinite().reshape(len(x), -1).all(1)).all():
             raise ValueError(f"data: expected finite values, got NaN or infinity in datum {rows[~finite.numpy()][0]}")
         if self.bits:
             if x.max() > 1:
@@ -164,7 +169,8 @@ class OnDisk(Served):
         """
         x, *y = self.read(torch.arange(len(self)))
         data = InMemory(x, y[0] if y else None, source=self.source)
-        return data._with(binarize=self.binarize, dequantize=self.dequantize, redrawn=self.redrawn)
+        # x as well: whether bytes are 0 and 1 or grey levels was decided by the whole file.
+        return data._with(x=x, binarize=self.binarize, dequantize=self.dequantize, redrawn=self.redrawn)
 
     def select(self, rows: Any) -> OnDisk:
         """The data of these rows, a slice or a tensor of indices, of which only the indices are kept."""
@@ -242,7 +248,7 @@ def _by_chunk(array: Any, rows: np.ndarray) -> np.ndarray:
 
 def _noise(rows: np.ndarray, size: int, seed: int) -> np.ndarray:
     """64 random bits for each value of each row, a function of row, place and seed alone (SplitMix64)."""
-    start = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    start = np.random.SeedSequence(seed % 2**64).generate_state(1, np.uint64)  # torch's seeds may be below 0
     bits: np.ndarray = rows.astype(np.uint64)[:, None] * np.uint64(size) + np.arange(1, size + 1, dtype=np.uint64)
     bits = bits * np.uint64(0x9E3779B97F4A7C15) + start
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -58,10 +58,11 @@ def load(
             validation and test data is drawn once, by `seed`.
         in_memory: Whether a `.npy` or `.zarr` file is read into memory, or stays on disk, where the splits are `OnDisk`
             and hold indices, in the order of the file. None reads it where it takes a quarter of the machine's memory
-            at most.
+            at most; which of the two it was is in the record, `source`, of each split.
 
     Raises:
-        ValueError: For an unknown name, a file that holds no array, or data that `InMemory` refuses.
+        ValueError: For an unknown name, a file that holds no array, data that `InMemory` refuses, or what cannot stay
+            on disk.
 
     Example:
         >>> [len(split) for split in load("digits")]
@@ -70,6 +71,8 @@ def load(
     name = str(data)
     check_noise(binarize, dequantize)
     held: tuple[Any, Any] | None = None
+    if in_memory is False and name in ("digits", *TORCHVISION):
+        raise ValueError(f"in_memory=False: expected a .npy or .zarr file, got {name}")
     if name == "digits":
         x, y = read_digits()
     elif name in TORCHVISION:
@@ -92,8 +95,8 @@ def load(
     }
     if dequantize is not None:
         source["dequantize"] = dequantize
-    if is_on_disk(x):
-        source["in_memory"] = False  # the noise of a split is drawn in another way
+    if name.endswith((".npy", ".zarr")):
+        source["in_memory"] = not is_on_disk(x)  # splits and noise are drawn in another way
     return _split(x, y, held, binarize, dequantize, valid=valid, test=test, seed=seed, source=source)
 
 

@@ -16,7 +16,7 @@ from pyro.infer import ELBO
 from pyro_vae import evaluation, expressions, runs
 from pyro_vae.data import as_source
 from pyro_vae.files import replacing
-from pyro_vae.programs import Program, undisturbed
+from pyro_vae.programs import Program
 from pyro_vae.training.history import History
 from pyro_vae.training.options import Options
 from pyro_vae.training.steps import Step, Training
@@ -222,9 +222,7 @@ def _config(training: Training, source: Any, warn: bool) -> dict[str, Any]:
     for name, value in vars(training.options).items():
         named = name in ("estimator", "anneal", "optimizer", "lr_schedule") and not isinstance(value, str)
         config[name] = _written(value, name, warn) if named else value
-    with undisturbed(training.program):
-        event_shape = list(next(training.batches.epoch(0))[0].shape[1:])
-    return config | {"recorded": {"event_shape": event_shape, **runs.versions()}}
+    return config | {"recorded": {"event_shape": list(training.batches.event_shape or ()), **runs.versions()}}
 
 
 def _written(value: Any, slot: str, warn: bool) -> str | None:

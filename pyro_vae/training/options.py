@@ -15,6 +15,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 from pyro_vae import schedules
 from pyro_vae.compilation import check_compile
+from pyro_vae.data.workers import check_num_workers
 from pyro_vae.programs import Program
 from pyro_vae.training.processes import num_processes
 
@@ -62,8 +63,7 @@ class Options:
         self.lr = float(self.lr)
         if self.epochs < 1 or not 0 < self.lr < math.inf:
             raise ValueError(f"expected positive epochs and lr, got epochs={self.epochs}, lr={self.lr}")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers: expected 0 or more, got {self.num_workers}")
+        check_num_workers(self.num_workers)
         if isinstance(self.lr_schedule, str) and self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}")
         check_compile(self.compile)
