@@ -6,6 +6,7 @@ import itertools
 import logging
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_vae.estimators.tracing import Tape
 
-__all__ = ["Graph", "NotCompilableError", "call_with", "check_compile"]
+__all__ = ["Decision", "Graph", "NotCompilableError", "call_with", "check_compile"]
 
 _PATCHED = threading.Lock()  # while one function is traced, others wait
 
@@ -39,6 +40,41 @@ def check_compile(compile: Any) -> None:
     """
     if compile not in ("auto", True, False):
         raise ValueError(f'compile: expected "auto", True or False, got {compile!r}')
+
+
+class Decision:
+    """Whether to compile what is run again and again: as told, or by the clock. It says yes once at most.
+
+    Args:
+        compile: "auto", True or False.
+        worth: Seconds that the rest must take, for "auto".
+        timed: Turns after the first, which is slower than others, that are timed before "auto" decides.
+
+    Example:
+        >>> decision = Decision(True, worth=60.0, timed=10)
+        >>> [decision(remaining=100) for _ in range(3)]
+        [True, False, False]
+    """
+
+    def __init__(self, compile: str | bool, worth: float, timed: int):
+        check_compile(compile)
+        self.compile, self.worth, self.timed = compile, worth, timed
+        self._turns, self._start = 0, 0.0
+
+    def __call__(self, remaining: int, suitable: bool = True) -> bool:
+        """Asked before each turn, with the turns that remain, and whether this one would do as an example."""
+        self._turns += 1
+        if self._turns == 2:
+            self._start = time.perf_counter()
+        now = suitable and (self._pays(remaining) if self.compile == "auto" else bool(self.compile))
+        if now:
+            self.compile = False  # whatever comes of it
+        return now
+
+    def _pays(self, remaining: int) -> bool:
+        if self._turns <= self.timed + 1:
+            return False
+        return (time.perf_counter() - self._start) / (self._turns - 2) * remaining > self.worth
 
 
 class Graph:

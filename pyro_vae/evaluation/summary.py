@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.compilation import CompiledLogProbabilities, NotCompilableError, check_compile
+from pyro_vae.compilation import CompiledLogProbabilities, Decision, NotCompilableError
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE, estimate_evidence
 from pyro_vae.estimators.particles import LogProbabilities, log_probabilities
 from pyro_vae.evaluation.batches import checked_batches
@@ -85,7 +84,6 @@ def summarize(
     """
     if num_particles < 1:
         raise ValueError(f"num_particles: expected a positive number, got {num_particles}")
-    check_compile(compile)
     at_once = math.ceil(num_particles / math.ceil(num_particles / PARTICLES_AT_ONCE))  # passes of one size, or nearly
     batches = checked_batches(program, data, at_once)
     draw = _Passes(program, at_once, batches.batch_size, compile)
@@ -111,30 +109,20 @@ class _Passes:
     """Passes of particles, compiled where they are told to be, or where it pays."""
 
     def __init__(self, program: Program, num_particles: int, batch_size: int, compile: str | bool):
-        self.program, self.num_particles, self.batch_size, self.compile = program, num_particles, batch_size, compile
+        self.program, self.num_particles, self.batch_size = program, num_particles, batch_size
         self.remaining = 0
+        self._is_to_be_compiled = Decision(compile, WORTH_COMPILING, _TIMED_PASSES)
         self._draw: Any = partial(log_probabilities, program.model, program.guide)
-        self._taken, self._start = 0, 0.0
 
     def __call__(self, *batch: Tensor, num_particles: int) -> LogProbabilities:
         whole = num_particles == self.num_particles and len(batch[0]) == self.batch_size
-        if whole and self._is_to_be_compiled():
-            self.compile = False  # whatever comes of it
+        if self._is_to_be_compiled(self.remaining, whole):
             try:
                 self._draw = CompiledLogProbabilities(self.program, batch, num_particles)
             except NotCompilableError as error:
                 warnings.warn(f"the passes are not compiled: {error}", stacklevel=5)
-        self._taken, self.remaining = self._taken + 1, self.remaining - 1
+        self.remaining -= 1
         return self._draw(*batch, num_particles=num_particles)
-
-    def _is_to_be_compiled(self) -> bool:
-        if self.compile != "auto":
-            return bool(self.compile)
-        if self._taken == 1:  # the first pass is slower than others
-            self._start = time.perf_counter()
-        if self._taken <= _TIMED_PASSES:
-            return False
-        return (time.perf_counter() - self._start) / (self._taken - 1) * self.remaining > WORTH_COMPILING
 
 
 def part_of(advance: Any, share: float) -> Any:

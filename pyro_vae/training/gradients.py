@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,7 +10,7 @@ from typing import Any
 import pyro
 from torch import Tensor
 
-from pyro_vae.compilation import CompiledStep, NotCompilableError
+from pyro_vae.compilation import CompiledStep, Decision, NotCompilableError
 from pyro_vae.data import Batches
 from pyro_vae.estimators.objective import Objective
 from pyro_vae.estimators.particles import random_state
@@ -39,11 +38,11 @@ class Gradients:
 
     def __init__(self, objective: Objective, placed: Any, batches: Batches, fabric: Any, compile: str | bool):
         self.objective, self.batches, self.fabric = objective, batches, fabric
-        self.compile = compile
         self.compiled: CompiledStep | None = None
         self.announce: Callable[[str], None] = lambda line: None
         self._fabric_objective = placed
-        self._steps, self._start, self._seconds = 0, 0.0, 0.0
+        self._is_to_be_compiled = Decision(compile, WORTH_COMPILING, _TIMED_STEPS)
+        self._steps = 0
         self._before: random_state
 
     def __call__(self, beta: float, raw: tuple[Tensor, ...], remaining: int) -> Tensor:
@@ -57,8 +56,7 @@ class Gradients:
         Returns:
             Loss, rate and distortion per datum, a tensor of shape `(3,)`.
         """
-        if self.batches.is_whole(raw) and self._is_to_be_compiled(remaining):
-            self.compile = False  # whatever comes of it
+        if self._is_to_be_compiled(remaining, self.batches.is_whole(raw)):
             self._try_to_compile(raw)
         self._steps += 1
         if self.compiled is None:
@@ -82,16 +80,6 @@ class Gradients:
             loss, figures = self._fabric_objective(beta, *self.batches.prepare(*raw))
         self.objective.differentiate(loss, self.objective.parameters(), self.fabric.backward)
         return figures
-
-    def _is_to_be_compiled(self, remaining: int) -> bool:
-        if self.compile != "auto":
-            return bool(self.compile)
-        if self._steps == 1:  # the first step is slower than others
-            self._start = time.perf_counter()
-        if self._steps <= _TIMED_STEPS:
-            return False
-        self._seconds = self._seconds or (time.perf_counter() - self._start) / (self._steps - 1)
-        return self._seconds * remaining > WORTH_COMPILING
 
     def _try_to_compile(self, raw: tuple[Tensor, ...]) -> None:
         self.announce("compiling the step ...")
