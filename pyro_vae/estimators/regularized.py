@@ -141,7 +141,7 @@ class FreeBits(Regularized):
     Example:
         >>> import pyro_vae
         >>> vae, x = pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8)
-        >>> FreeBits(0.5).loss(vae.model, vae.guide, x) > FreeBits(0.0).loss(vae.model, vae.guide, x)
+        >>> FreeBits(50.0).loss(vae.model, vae.guide, x) > FreeBits(0.0).loss(vae.model, vae.guide, x)
         True
     """
 
