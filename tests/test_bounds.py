@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -435,17 +436,22 @@ def test_a_convolutional_program(estimator):
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["IWAE", "DReG", "VIMCO"])
 def test_thousands_of_particles_fit_into_little_memory(estimator):
-    """5,000 particles of 20 images, of which the pixels alone would take 300 MiB a layer, in a process of its own."""
+    """5,000 particles of 20 images, of which the pixels alone would take 300 MiB a layer, in a process of its own.
+
+    Its peak is that of its own memory: what `getrusage` says of a process on Linux begins with what started it.
+    """
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc/self/status")
     code = f"""
-import resource, torch, pyro_vae
+import torch, pyro_vae
 torch.set_num_threads(1)
 vae = pyro_vae.build((28, 28), latent=50, network="MLP(hidden=[200, 200])")
 estimator = pyro_vae.estimators.{estimator}(5000, chunk=50)
 estimator.differentiable_loss(vae.model, vae.guide, torch.rand(20, 28, 28).round()).backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) * (1 if sys.platform != "darwin" else 1 / 1024) < 2**20  # KiB
+    assert int(done.stdout) < 2**20  # KiB
 
 
 @pytest.mark.parametrize("estimator", [IWAE(2), DReG(2), StickingTheLanding()], ids=name)
