@@ -258,7 +258,7 @@ def test_a_batch_of_another_layout_is_run_as_it_is(layout, interpreted, monkeypa
     step = compile_step(program, Trace_ELBO(), x)
     monkeypatch.setattr(step._graph, "_compiled", lambda *inputs: pytest.fail("of another layout"))
     monkeypatch.setattr(step, "_eager", lambda beta, x: x)
-    step(layout(x))
+    assert torch.equal(step(layout(x)), layout(x))
 
 
 def test_gradients_from_before_are_gone(interpreted):
@@ -449,7 +449,7 @@ def test_an_estimator_that_keeps_state_is_not_compiled(interpreted):
             with pyro.plate("data", len(x), dim=-1):
                 pyro.sample("z", dist.Bernoulli(logits=self.logit.expand(len(x))), infer=infer)
 
-    with pytest.raises(NotCompilableError, match="keeps state|TraceGraph|ProvenanceTensor"):
+    with pytest.raises(NotCompilableError, match="TraceGraph_ELBO keeps state from step to step"):
         compile_step(Baseline(), TraceGraph_ELBO(), torch.ones(4, dtype=torch.float64))
 
 

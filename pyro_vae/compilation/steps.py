@@ -114,6 +114,8 @@ class CompiledStep:
         with left_alone(objective, example):
             self._eager(1.0, *example)  # an estimator may have things to find out, in its first run
             check_param_sites(objective.program, objective.param_store["params"])
+            if any(name.startswith("__") for name in objective.param_store["params"]):
+                raise NotCompilableError(f"{type(objective.estimator).__name__} keeps state from step to step")
             with unchanged(objective):
                 self._eager(1.0, *example)
             self._knobs = list(_knobs(objective))
@@ -184,8 +186,6 @@ class CompiledStep:
         figures, expected = self._eager(_BETA, *example), self._gradients()
         state.restore()
         compiled, found = self(*example, beta=_BETA), self._gradients()
-        if any(name.startswith("__") for name in self.objective.param_store["params"]):
-            raise NotCompilableError(f"{type(self.objective.estimator).__name__} keeps state from step to step")
         if expected.keys() != found.keys():
             raise NotCompilableError(f"the graph reaches other parameters: {sorted(expected.keys() ^ found.keys())}")
         with self.precision():

@@ -270,7 +270,7 @@ def steps(program: Program, data: Any, **options: Any) -> Iterator[Step]:
     Args:
         program: The program.
         data: Tensor, array, `(x, y)` pair, `Dataset` or `DataLoader`.
-        **options: The arguments of `fit` from `estimator` to `num_workers`.
+        **options: The arguments of `fit` from `estimator` to `compile`.
 
     Yields:
         A `Step`.
