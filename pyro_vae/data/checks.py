@@ -12,13 +12,13 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import TransformedDistribution, constraints
+from torch.distributions import constraints
 
 from pyro_vae import likelihoods
 from pyro_vae.data.batches import Batches
 from pyro_vae.data.disk import OnDisk
 from pyro_vae.data.sets import InMemory, to_float
-from pyro_vae.distributions import Grid, describe
+from pyro_vae.distributions import Grid, describe, innermost
 from pyro_vae.handlers import in_data_plate
 from pyro_vae.programs import Program, check_param_sites, undisturbed
 
@@ -163,13 +163,9 @@ class _Wanted:
     """What values at an observed site must be."""
 
     def __init__(self, site: Any):
-        support, base = site["fn"].support, site["fn"]
+        support, base = site["fn"].support, innermost(site["fn"])
         while isinstance(support, constraints.independent):
             support = support.base_constraint
-        # A transformed distribution, such as LogNormal, also has a base, but is another kind.
-        while hasattr(base, "base_dist") and not isinstance(base, TransformedDistribution):
-            base = base.base_dist
-        base = getattr(base, "pixel_likelihood", base)  # of images value by value
         self.site, self.support, self.likelihood = site["name"], support, type(base).__name__.removeprefix("Soft")
         self.binary = self.likelihood == "Bernoulli"
 

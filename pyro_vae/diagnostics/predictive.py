@@ -11,11 +11,11 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import TransformedDistribution, constraints
+from torch.distributions import constraints
 
 from pyro_vae import likelihoods
 from pyro_vae.diagnostics.verdict import Verdict, holm
-from pyro_vae.distributions import Grid, SoftBernoulli
+from pyro_vae.distributions import Grid, SoftBernoulli, innermost
 from pyro_vae.estimators.evidence import VALUES_AT_ONCE
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation import checked_batches, posterior_draws, predictive_draws, prior_draws
@@ -296,20 +296,6 @@ def kind_of_values(fn: Any) -> str:
     if isinstance(support, Grid):
         return "grid"
     return "whole" if support.is_discrete else "continuous"
-
-
-def innermost(fn: Any) -> Any:
-    """The distribution of single values that one is made of, or the likelihood of single pixels.
-
-    Example:
-        >>> import pyro.distributions as dist
-        >>> innermost(dist.Poisson(torch.ones(3)).mask(True).to_event(1))
-        Poisson(rate: torch.Size([3]))
-    """
-    # A transformed distribution, such as LogNormal, also has a base, but is another kind.
-    while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
-        fn = fn.base_dist
-    return getattr(fn, "pixel_likelihood", fn)
 
 
 def _zeros(x: Tensor) -> Tensor:

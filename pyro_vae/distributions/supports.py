@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import TransformedDistribution, constraints
 
 __all__ = [
     "Grid",
     "OneHotGroups",
     "boolean_vector",
     "describe",
+    "innermost",
     "open_unit_interval",
     "same_support",
     "simplices",
@@ -126,3 +127,18 @@ def describe(support: Any) -> str:
     text = repr(support)
     # Bounds may be whole tensors, one for each value.
     return words.get(text, text if len(text) < 60 else type(support).__name__.strip("_"))
+
+
+def innermost(fn: Any) -> Any:
+    """The distribution of single values that one is made of, or the likelihood of single pixels.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> innermost(dist.Poisson(torch.ones(3)).mask(True).to_event(1))
+        Poisson(rate: torch.Size([3]))
+    """
+    # A transformed distribution, such as LogNormal, also has a base, but is another kind.
+    while hasattr(fn, "base_dist") and not isinstance(fn, TransformedDistribution):
+        fn = fn.base_dist
+    return getattr(fn, "pixel_likelihood", fn)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_vae import likelihoods
 from pyro_vae.data import InMemory
-from pyro_vae.diagnostics.predictive import innermost
+from pyro_vae.distributions import innermost
 from pyro_vae.estimators.particles import global_latents
 from pyro_vae.estimators.terminal import progress_bar
 from pyro_vae.evaluation.batches import checked_batches
