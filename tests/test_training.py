@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -381,6 +382,21 @@ def test_the_loop_is_the_callback(x):
         if step.step == 7:
             break
     assert seen == list(range(1, 8))
+
+
+def test_averages_of_gradients_that_have_become_zero_do_not_decay_to_subnormal_numbers():
+    """Those are computed ten times as slowly; here of a pixel that only the first datum lights."""
+    x = torch.ones(600, 5)
+    x[1:, 2] = 0
+    vae = pyro_vae.build((5,), latent=2)
+    loader = DataLoader(TensorDataset(x), batch_size=1)
+    training = Training(vae, loader, epochs=1, compile=False, optimizer=partial(torch.optim.Adam, betas=(0.7, 0.999)))
+    for _ in training:
+        pass
+    moments = [kept["exp_avg"] for kept in training.optimizer.state.values()]
+    assert sum((moment == 0).sum() for moment in moments) > 0
+    for moment in moments:
+        assert not ((moment != 0) & (moment.abs() < torch.finfo(moment.dtype).tiny)).any()
 
 
 def test_subsampled_plates_give_the_loss_per_datum():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import pyro
 import typer
 from torch import nn
 
@@ -81,8 +82,6 @@ def fit(
     debug: Debug = False,
 ) -> None:
     """Fit a variational autoencoder, evaluate it on the test data, and write a run directory."""
-    from lightning_fabric import seed_everything
-
     if resume and out is None:
         raise ValueError("--resume: expected the run directory with --out, got none")
     default = Path("runs") / Path(data).stem
@@ -112,7 +111,7 @@ def fit(
 
     # Written out and read back, so that the file of this run builds the very same weights again.
     program = program or expressions.write(_build(splits.train, chosen, trust), "program")
-    seed_everything(seed, verbose=False)
+    pyro.set_rng_seed(seed)
     built = expressions.parse(program, "program", trust=trust)
     likelihood_of = getattr(built, "likelihood", None)
     bernoulli = isinstance(getattr(likelihood_of, "pixel_likelihood", likelihood_of), Bernoulli)

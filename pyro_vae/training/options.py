@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from torch import Tensor, nn
 
 from pyro_vae import schedules
 from pyro_vae.compilation import check_compile
@@ -22,7 +25,7 @@ from pyro_vae.training.processes import num_processes
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Options", "annealing", "fabric", "lr_scheduler", "optimizer"]
+__all__ = ["Options", "annealing", "fabric", "import_fabric", "lr_scheduler", "optimizer", "without_subnormals"]
 
 LR_SCHEDULES = ("cosine", "one-cycle")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
@@ -101,8 +104,7 @@ def fabric(
         >>> fabric("cpu").device
         device(type='cpu')
     """
-    from lightning_fabric import Fabric
-
+    lightning = import_fabric()
     _check_names(device, precision)
     accelerator, _, index = device.partition(":")
     devices, num_nodes = num_processes(devices, num_nodes)
@@ -119,7 +121,31 @@ def fabric(
         chosen = Averaging()
     _check_there(device, precision)
     asked: Any = [int(index)] if index else devices
-    return Fabric(accelerator=accelerator, devices=asked, num_nodes=num_nodes, strategy=chosen, precision=precision)
+    return lightning.Fabric(
+        accelerator=accelerator, devices=asked, num_nodes=num_nodes, strategy=chosen, precision=precision
+    )
+
+
+def import_fabric() -> ModuleType:
+    """The package lightning_fabric, imported without a change to the environment.
+
+    On import it lets PyTorch ask for GPUs in another way, by looking for a library of their driver, which `Adam` then
+    does at each step.
+
+    Example:
+        >>> before = dict(os.environ)
+        >>> import_fabric().__name__
+        'lightning_fabric'
+        >>> os.environ == before
+        True
+    """
+    before = dict(os.environ)
+    import lightning_fabric
+
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+    return lightning_fabric
 
 
 def _check_names(device: Any, precision: Any) -> None:
@@ -166,6 +192,28 @@ def optimizer(program: Program, options: Options) -> torch.optim.Optimizer:
     # The fused step is the same computation in one kernel; torch's own optimizers have it.
     fused = {"fused": True} if options.optimizer in (torch.optim.Adam, torch.optim.AdamW) else {}
     return options.optimizer(parameters, lr=options.lr, **fused)
+
+
+def without_subnormals(optimizer: torch.optim.Optimizer) -> None:
+    """Make zeros of what the optimizer keeps that is next to nothing, which a CPU computes ten times as slowly.
+
+    Moving averages of gradients that have become zero, as those of pixels that are seldom lit, decay to numbers below
+    the smallest normal one, and stay there by rounding. Zeroed at 1e8 times that number (1e-30 in float32) every so
+    many steps, they never come there.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> adam = torch.optim.Adam([weight])
+        >>> weight.grad = torch.tensor([1e-37])
+        >>> adam.step()
+        >>> without_subnormals(adam)
+        >>> adam.state[weight]["exp_avg"]
+        tensor([0.])
+    """
+    for parameter, kept in optimizer.state.items():
+        for value in kept.values():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape:
+                value.copy_(nn.functional.hardshrink(value, torch.finfo(value.dtype).tiny * 1e8))
 
 
 def lr_scheduler(optimizer: torch.optim.Optimizer, options: Options, total_steps: int) -> Any:
