@@ -555,6 +555,27 @@ def test_mixed_precision_in_the_graph(interpreted):
     assert all(p.grad.dtype == torch.float32 for p in program.parameters())
 
 
+def test_no_product_in_the_graph_is_of_subnormal_numbers(interpreted):
+    """Those take many times as long. Here the decoder is sure of its pixels, and the gradients of their logits tiny."""
+    program, x = small().float(), torch.zeros(20, 8, 8)
+    program.likelihood.net.layers[-1].bias.data.fill_(-86.0)
+    step = compile_step(program, Trace_ELBO(), x)
+    operands = []
+
+    class Looking(torch.fx.Interpreter):
+        def call_function(self, target, args, kwargs):
+            if target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                operands.extend(args)
+            return super().call_function(target, args, kwargs)
+
+    with torch.no_grad():
+        Looking(step.graph).run(*step._graph._state.values(), torch.tensor(1.0), x)
+    assert len(operands) >= 20
+    assert any((operand.abs() == 0).all() for operand in operands)  # sigmoid(-86) / 20 is 3e-39
+    for operand in operands:
+        assert not ((operand != 0) & (operand.abs() < torch.finfo(torch.float32).tiny)).any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Trace_ELBO", "IWAE in chunks", "bf16"])
 def test_the_compiler_gives_the_same(name):

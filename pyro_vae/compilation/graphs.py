@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pyro_vae.compilation.subnormals import spare_products
 from pyro_vae.estimators.tracing import Tape
 
 __all__ = ["Decision", "Graph", "NotCompilableError", "call_with", "check_compile"]
@@ -81,6 +82,7 @@ class Graph:
     """A function of a module's parameters and buffers, and of other tensors, as one compiled graph.
 
     Buffers that the function changes in place are changed. Random numbers are those that the function would draw.
+    Operands of matrix products that are negligible (1e-30 in float32) are taken for zero, see `spare_products`.
 
     Args:
         module: The module.
@@ -112,6 +114,7 @@ class Graph:
         self._modes = [(owner, owner.training) for owner in module.modules()]
         inputs = [*self._state.values(), *example]
         self.graph = self._traced(inputs)
+        spare_products(self.graph)
         self._compiled = _compiled(self.graph, inputs)
 
     def suits(self, *tensors: Tensor) -> bool:

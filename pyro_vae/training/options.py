@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyro_vae import schedules
 from pyro_vae.compilation import check_compile
+from pyro_vae.compilation.subnormals import negligible
 from pyro_vae.data.workers import check_num_workers
 from pyro_vae.programs import Program
 from pyro_vae.training.processes import num_processes
@@ -198,8 +199,8 @@ def without_subnormals(optimizer: torch.optim.Optimizer) -> None:
     """Make zeros of what the optimizer keeps that is next to nothing, which a CPU computes ten times as slowly.
 
     Moving averages of gradients that have become zero, as those of pixels that are seldom lit, decay to numbers below
-    the smallest normal one, and stay there by rounding. Zeroed at 1e8 times that number (1e-30 in float32) every so
-    many steps, they never come there.
+    the smallest normal one, and stay there by rounding. Zeroed every so many steps where they are negligible (1e-30 in
+    float32), they never come there.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -213,7 +214,7 @@ def without_subnormals(optimizer: torch.optim.Optimizer) -> None:
     for parameter, kept in optimizer.state.items():
         for value in kept.values():
             if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape:
-                value.copy_(nn.functional.hardshrink(value, torch.finfo(value.dtype).tiny * 1e8))
+                value.copy_(nn.functional.hardshrink(value, negligible(value.dtype)))
 
 
 def lr_scheduler(optimizer: torch.optim.Optimizer, options: Options, total_steps: int) -> Any:
