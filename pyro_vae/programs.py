@@ -21,6 +21,7 @@ __all__ = [
     "check_param_sites",
     "data_plate",
     "declare_parameters",
+    "kept_buffers",
     "num_inputs",
     "observe",
     "placement",
@@ -276,3 +277,30 @@ def undisturbed(program: Program, seed: int | None = None) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Leave buffers, such as running statistics that a layer in training mode changes, as they were.
+
+    Args:
+        module: The module.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with kept_buffers(norm):
+        ...     _ = norm(torch.ones(3, 2))
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
+    slots = [(each._buffers, dict(each._buffers)) for each in module.modules()]
+    values = {buffer: buffer.clone() for buffer in module.buffers()}
+    try:
+        yield
+    finally:
+        for held, before in slots:
+            held.clear()
+            held.update(before)
+        with torch.no_grad():
+            for buffer, value in values.items():
+                buffer.copy_(value)

@@ -35,10 +35,11 @@ def test_latent_space(latent, labels, tmp_path):
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 40])
-def test_training_curve(epochs, tmp_path):
+@pytest.mark.parametrize("flat", [False, True])
+def test_training_curve(epochs, flat, tmp_path):
     history = pd.DataFrame({
         "epoch": range(1, epochs + 1),
-        "elbo": [-100.0 / (i + 1) for i in range(epochs)],
+        "elbo": [-100.0 if flat else -100.0 / (i + 1) for i in range(epochs)],
         "valid_elbo": [float("nan")] * epochs,
         "rate": [5.0] * epochs,
         "distortion": [80.0] * epochs,

@@ -138,7 +138,7 @@ def likelihood(arguments):
     vae = program(work)
     torch.manual_seed(0)
     turns = {
-        OURS: timed(lambda: log_likelihood(vae, x, particles, progress=False).mean().item()),
+        OURS: timed(lambda: log_likelihood(vae, x, particles, progress=False, compile=True).mean().item()),
         BY_HAND: timed(by_hand.log_likelihood(work, x, particles)),
     }
     rows = alternate(turns, arguments.rounds, scale=EVALUATED / arguments.images)

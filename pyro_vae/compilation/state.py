@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pyro_vae.compilation.graphs import NotCompilableError
 from pyro_vae.estimators.objective import Objective
 from pyro_vae.estimators.particles import random_state
+from pyro_vae.programs import kept_buffers
 
 __all__ = ["check_hooks", "fingerprint", "left_alone", "unchanged"]
 
@@ -83,23 +83,19 @@ def left_alone(objective: Objective, batch: Sequence[Tensor]) -> Iterator[None]:
     """Leave random state, gradients, buffers, attributes and what estimators keep as they were."""
     state, kept = random_state(batch), objective.param_store
     gradients = {parameter: parameter.grad for parameter in objective.parameters()}
-    buffers = {buffer: buffer.clone() for buffer in objective.buffers()}
     attributes = [(vars(owner), dict(vars(owner))) for owner in _owners(objective)]
-    slots = [(module._buffers, dict(module._buffers)) for module in objective.modules()]
     objective.param_store = {"params": {}, "constraints": {}}
     try:
-        yield
+        with kept_buffers(objective):
+            yield
     finally:
         objective.param_store = kept
         # An estimator of Pyro's finds out once how many plates there are, by a run that draws random numbers.
         found = {name: value for name, value in vars(objective.estimator).items() if name == "max_plate_nesting"}
-        for held, before in (*attributes, *slots):
+        for held, before in attributes:
             held.clear()
             held.update(before)
         vars(objective.estimator).update(found)
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
         state.restore()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.data.sets import CELLS, InMemory, Served, as_tensor, check_grid, check_noise, check_unit, to_float
+from pyro_vae.data.sets import CELLS, InMemory, Served, as_tensor, check_grid, check_unit, to_float
 
 __all__ = ["OnDisk", "is_on_disk"]
 
@@ -73,15 +73,11 @@ class OnDisk(Served):
         event_shape: tuple[int, ...] | None = None,
         window: int | None = None,
     ):
-        check_noise(binarize, dequantize)
+        super().__init__(binarize, dequantize, source)
         if window is not None and (not isinstance(window, Integral) or window < 1):
             raise ValueError(f"window: expected a whole number of data, 1 or more, got {window!r}")
-        self.x, self.source, self.window = x, source, window
+        self.x, self.window = x, window
         self.y = y if y is None or is_on_disk(y) else as_tensor(y).numpy()
-        self.categories = {}
-        self.binarize = None if binarize == "none" else binarize
-        self.dequantize = dequantize
-        self.redrawn = binarize == "dynamic" or dequantize is not None
         self.noise_seed = seed if binarize == "static" else None
         self.rows: Tensor | None = None
         self.event_shape = tuple(x.shape[1:]) if event_shape is None else event_shape

@@ -28,10 +28,14 @@ class Served(Dataset):
 
     columns: tuple[str, ...] | None = None
     categories: dict[str, tuple]
-    binarize: str | None
-    dequantize: int | None
-    redrawn: bool
-    source: dict | None
+
+    def __init__(self, binarize: str | None, dequantize: int | None, source: dict | None):
+        check_noise(binarize, dequantize)
+        self.categories = {}
+        self.binarize = None if binarize == "none" else binarize
+        self.dequantize = dequantize
+        self.redrawn = binarize == "dynamic" or dequantize is not None
+        self.source = source
 
     def serve(self, x: Tensor, *y: Tensor) -> tuple[Tensor, ...]:
         """Data of the kept dtype as they are served: as floats, with what is random in them drawn."""
@@ -102,18 +106,13 @@ class InMemory(Served):
         source: dict | None = None,
         dequantize: int | None = None,
     ):
-        check_noise(binarize, dequantize)
-        self.categories = {}
+        super().__init__(binarize, dequantize, source)
         if is_table(x):
             x, self.columns, self.categories = encode(x)
         self.x = as_tensor(x)
         if self.x.dtype == torch.uint8 and self.x.numel() > 0 and int(self.x.max()) <= 1:
             self.x = self.x.bool()  # 0 and 1 are what they say, and no image that is all but black
         self.y = None if y is None else as_tensor(y)
-        self.binarize = None if binarize == "none" else binarize
-        self.dequantize = dequantize
-        self.redrawn = binarize == "dynamic" or dequantize is not None
-        self.source = source
         if self.x.ndim == 0 or self.x.numel() == 0:
             raise ValueError(f"data: expected at least one datum, got shape {tuple(self.x.shape)}")
         if self.y is not None and len(self.y) != len(self.x):

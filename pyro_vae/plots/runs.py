@@ -50,7 +50,8 @@ def training_curve(history: pd.DataFrame) -> Figure:
     if len(settled) > 1:
         low = min(settled.min(), history.valid_elbo.iloc[len(history) // 20 :].min())
         high = history[["elbo", "valid_elbo"]].max().max()
-        elbo.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        margin = 0.05 * (high - low) or 1.0  # of a curve that is flat
+        elbo.set_ylim(low - margin, high + margin)
         both = history[["rate", "distortion"]].iloc[max(1, len(history) // 20) :]
         low, high = min(0.0, both.min().min()), both.max().max()
         parts.set_ylim(low, high + 0.05 * (high - low))

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from pyro_vae.compilation import annealed
 from pyro_vae.data import Batches, check
 from pyro_vae.estimators import checks
 from pyro_vae.estimators.objective import Objective
-from pyro_vae.programs import Program, check_param_sites, undisturbed
+from pyro_vae.programs import Program, check_param_sites, kept_buffers, undisturbed
 from pyro_vae.training.gradients import Gradients
 from pyro_vae.training.options import Options, annealing, fabric, lr_scheduler, optimizer, without_subnormals
 from pyro_vae.training.processes import Processes
@@ -118,7 +117,7 @@ class Training:
 
     def _check_estimator(self, raw: tuple[Tensor, ...]) -> None:
         """Warn or raise where the estimator is wrong for the program, whose mode is the one it is trained in."""
-        with undisturbed(self.program), _kept_buffers(self.program), handlers.beta(self.anneal(0.0)):
+        with undisturbed(self.program), kept_buffers(self.program), handlers.beta(self.anneal(0.0)):
             self.program.train()
             batch = self.batches.prepare(*raw)
             self.processes.check_globals(self.program, batch)
@@ -239,17 +238,6 @@ class Training:
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 for _ in range(min(self.step, self.total_steps)):
                     self.scheduler.step()
-
-
-@contextmanager
-def _kept_buffers(program: Program) -> Iterator[None]:
-    """Leave running statistics, which a program in training mode changes, as they were."""
-    kept = {name: buffer.clone() for name, buffer in program.named_buffers()}
-    try:
-        yield
-    finally:
-        for name, buffer in program.named_buffers():
-            buffer.copy_(kept[name])
 
 
 def _start_at_mean(program: Program, batches: Batches) -> None:
