@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae.compilation.subnormals import spare_products
+from pyro_vae.compilation.subnormals import COMPOSED, without_subnormals
 from pyro_vae.estimators.tracing import Tape
 
 __all__ = ["Decision", "Graph", "NotCompilableError", "call_with", "check_compile"]
@@ -82,7 +82,7 @@ class Graph:
     """A function of a module's parameters and buffers, and of other tensors, as one compiled graph.
 
     Buffers that the function changes in place are changed. Random numbers are those that the function would draw.
-    Operands of matrix products that are negligible (1e-30 in float32) are taken for zero, see `spare_products`.
+    Operands of matrix products that are negligible (1e-30 in float32) are taken for zero, see `without_subnormals`.
 
     Args:
         module: The module.
@@ -114,7 +114,7 @@ class Graph:
         self._modes = [(owner, owner.training) for owner in module.modules()]
         inputs = [*self._state.values(), *example]
         self.graph = self._traced(inputs)
-        spare_products(self.graph)
+        without_subnormals(self.graph)
         self._compiled = _compiled(self.graph, inputs)
 
     def suits(self, *tensors: Tensor) -> bool:
@@ -138,6 +138,7 @@ class Graph:
             return self._compiled(*self._state.values(), *tensors)
 
     def _traced(self, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        from torch._decomp import get_decompositions
         from torch.fx.experimental.proxy_tensor import make_fx
 
         def flat(*tensors: Tensor) -> list[Tensor]:
@@ -147,7 +148,8 @@ class Graph:
 
         try:
             with _traceable(), torch.no_grad():
-                return make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+                table: Any = get_decompositions(COMPOSED)
+                return make_fx(flat, table, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         except Exception as error:
             raise NotCompilableError(_reason(error)) from error
 
