@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -26,9 +25,6 @@ class CompiledLogProbabilities:
         batch: An example of a batch.
         num_particles: Number `K` of particles.
 
-    Attributes:
-        seconds: How long tracing and compiling took.
-
     Raises:
         NotCompilableError: If what is computed depends on values of tensors, if there is no C++ compiler (on a CPU), or
             if the graph does not give what the program gives.
@@ -42,7 +38,6 @@ class CompiledLogProbabilities:
     """
 
     def __init__(self, program: Program, batch: Sequence[Tensor], num_particles: int):
-        start = time.perf_counter()
         self.program, self.num_particles = program, num_particles
         pass_of = _Pass(program, num_particles)
         state = random_state(batch)
@@ -51,7 +46,6 @@ class CompiledLogProbabilities:
             self._compare(batch, state)
         finally:
             state.restore()
-        self.seconds = time.perf_counter() - start
 
     def __call__(self, *batch: Tensor, num_particles: int) -> LogProbabilities:
         """Draw particles and give their log-probabilities; see `estimators.log_probabilities`."""

@@ -26,7 +26,7 @@ from pyro_vae.training.processes import num_processes
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Options", "annealing", "fabric", "import_fabric", "lr_scheduler", "optimizer", "without_subnormals"]
+__all__ = ["Options", "annealing", "fabric", "import_fabric", "lr_scheduler", "optimizer", "zero_negligible"]
 
 LR_SCHEDULES = ("cosine", "one-cycle")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
@@ -195,7 +195,7 @@ def optimizer(program: Program, options: Options) -> torch.optim.Optimizer:
     return options.optimizer(parameters, lr=options.lr, **fused)
 
 
-def without_subnormals(optimizer: torch.optim.Optimizer) -> None:
+def zero_negligible(optimizer: torch.optim.Optimizer) -> None:
     """Make zeros of what the optimizer keeps that is next to nothing, which a CPU computes ten times as slowly.
 
     Moving averages of gradients that have become zero, as those of pixels that are seldom lit, decay to numbers below
@@ -207,7 +207,7 @@ def without_subnormals(optimizer: torch.optim.Optimizer) -> None:
         >>> adam = torch.optim.Adam([weight])
         >>> weight.grad = torch.tensor([1e-37])
         >>> adam.step()
-        >>> without_subnormals(adam)
+        >>> zero_negligible(adam)
         >>> adam.state[weight]["exp_avg"]
         tensor([0.])
     """

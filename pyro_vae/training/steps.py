@@ -21,7 +21,7 @@ from pyro_vae.estimators import checks
 from pyro_vae.estimators.objective import Objective
 from pyro_vae.programs import Program, check_param_sites, kept_buffers, undisturbed
 from pyro_vae.training.gradients import Gradients
-from pyro_vae.training.options import Options, annealing, fabric, lr_scheduler, optimizer, without_subnormals
+from pyro_vae.training.options import Options, annealing, fabric, lr_scheduler, optimizer, zero_negligible
 from pyro_vae.training.processes import Processes
 
 __all__ = ["NonFiniteError", "Step", "Training", "steps"]
@@ -136,7 +136,7 @@ class Training:
         self.processes.step(self._fabric_optimizer.step)
         self.step += 1
         if self.step % _ROUNDED == 0:
-            without_subnormals(self.optimizer)
+            zero_negligible(self.optimizer)
         if self.scheduler is not None:
             self.scheduler.step()
         if hasattr(self.anneal, "update"):
