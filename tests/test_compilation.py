@@ -555,6 +555,56 @@ def test_mixed_precision_in_the_graph(interpreted):
     assert all(p.grad.dtype == torch.float32 for p in program.parameters())
 
 
+class Through(nn.Module):
+    """A network with a step of one's own in its middle."""
+
+    def __init__(self, inputs, outputs, function):
+        super().__init__()
+        self.first, self.last = nn.Linear(inputs, 8, dtype=torch.float64), nn.Linear(8, outputs, dtype=torch.float64)
+        self.function = function
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x.flatten(1))))
+
+
+def in_place(h):
+    h = h * 2
+    h[:, 1:].clamp_(max=0.5)
+    h[:, 0] = 1e-31
+    return h
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        in_place,
+        lambda h: nn.functional.layer_norm(h, (8,)),
+        lambda h: torch.cat(h.chunk(2, -1)[::-1], -1),
+        lambda h: h.sort(-1).values,
+        lambda h: h,
+    ],
+    ids=["in place", "layer_norm", "chunk", "sort", "nothing"],
+)
+def test_operands_of_products_may_come_from_anywhere(function, interpreted):
+    posterior = posteriors.DiagonalNormal(Through(64, 8, function), 4)
+    program, x = small(), images()
+    program.posterior = posterior
+    step = compile_step(program, Trace_ELBO(), torch.zeros_like(x))  # where nothing is cut in place
+    assert_the_same(step, program, x)
+
+
+def test_tiny_rates_are_not_taken_for_zero(interpreted):
+    """A rate is divided by, or its logarithm taken, where a sigmoid in the cross entropy of bits is not."""
+    likelihood = likelihoods.Bernoulli(nn.Linear(4, 64, dtype=torch.float64), (8, 8))
+    likelihood.forward = lambda z: dist.Poisson(
+        nn.functional.softplus(likelihood.net(z)).reshape(*z.shape[:-1], 8, 8) + 0.0
+    ).to_event(2)
+    likelihood.net.bias.data.fill_(-720.0)
+    program, x = small(), torch.zeros(20, 8, 8, dtype=torch.float64)
+    program.likelihood = likelihood
+    assert_the_same(compile_step(program, Trace_ELBO(), x), program, x)
+
+
 def test_nothing_in_the_graph_is_computed_with_subnormal_numbers(interpreted):
     """That takes many times as long. Here the decoder is sure of its pixels, and the gradients of their logits tiny."""
     program, x = small().float(), torch.zeros(20, 8, 8)

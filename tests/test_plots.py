@@ -41,8 +41,8 @@ def test_training_curve(epochs, flat, tmp_path):
         "epoch": range(1, epochs + 1),
         "elbo": [-100.0 if flat else -100.0 / (i + 1) for i in range(epochs)],
         "valid_elbo": [float("nan")] * epochs,
-        "rate": [5.0] * epochs,
-        "distortion": [80.0] * epochs,
+        "rate": [0.0 if flat else 5.0] * epochs,
+        "distortion": [0.0 if flat else 80.0] * epochs,
         "beta": [0.5] * epochs,
     })  # fmt: skip
     figure = plots.training_curve(history)

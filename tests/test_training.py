@@ -691,3 +691,25 @@ def test_the_progress_bar_tells_where_the_run_is(x, capfd):
     assert "steps/s" in shown
     assert "ELBO -" in shown
     assert "beta 1.00" in shown
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5])
+def test_a_seed_is_a_whole_number_that_all_take(seed, x):
+    vae, before = make(), torch.get_rng_state()
+    with pytest.raises(ValueError, match="seed: expected a whole number from 0 to 4294967295"):
+        fit(vae, x, epochs=1, seed=seed, **QUIET)
+    assert torch.equal(torch.get_rng_state(), before)
+    Training(make(), x, epochs=1, seed=np.int64(3))
+
+
+def test_optimizers_of_ones_own_may_keep_anything(x):
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.state["steps"] = self.state.get("steps", 0) + 1
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["exp_avg"] = [1e-31]
+
+    training = Training(make(), x, epochs=60, batch_size=5, optimizer=partial(Counting, momentum=0.9), compile=False)
+    assert len(list(training)) > 100

@@ -20,9 +20,11 @@ from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.networks import Standardized
 from pyro_vae.programs import Program
 from pyro_vae.training import processes
-from pyro_vae.training.options import fabric
+from pyro_vae.training.options import checked_seed, fabric
 
 __all__ = ["fit"]
+
+NUM_PARTICLES = 5000
 
 
 def fit(
@@ -74,7 +76,7 @@ def fit(
     ] = None,
     resume: Annotated[bool, option("Go on with the run in --out.", "--resume")] = False,
     overwrite: Annotated[bool, option("Replace the run in --out.", "--overwrite")] = False,
-    num_particles: NumParticles = 5000,
+    num_particles: NumParticles = NUM_PARTICLES,
     config: Annotated[
         Path | None, option("A run's config.yaml to repeat; options beside it win, but for the parts of its program.")
     ] = None,
@@ -111,7 +113,7 @@ def fit(
 
     # Written out and read back, so that the file of this run builds the very same weights again.
     program = program or expressions.write(_build(splits.train, chosen, trust), "program")
-    pyro.set_rng_seed(seed)
+    pyro.set_rng_seed(checked_seed(seed))
     built = expressions.parse(program, "program", trust=trust)
     likelihood_of = getattr(built, "likelihood", None)
     bernoulli = isinstance(getattr(likelihood_of, "pixel_likelihood", likelihood_of), Bernoulli)
@@ -143,6 +145,7 @@ def fit(
         out=run,
         resume=resume,
         overwrite=overwrite,
+        go_on="" if num_particles == NUM_PARTICLES else f" --num-particles {num_particles}",
     )
     if not first:
         return
@@ -166,13 +169,15 @@ def _build(train: InMemory | OnDisk, chosen: dict[str, Any], trust: bool) -> nn.
     return expressions.build(train.event_shape, **chosen, size=len(train), standardize=standardize, trust=trust)
 
 
-def _fit(program: Program, train: InMemory | OnDisk, *, out: Path, **options: Any) -> pyro_vae.training.Fitted:
+def _fit(
+    program: Program, train: InMemory | OnDisk, *, out: Path, go_on: str, **options: Any
+) -> pyro_vae.training.Fitted:
     try:
         return pyro_vae.fit(program, train, out=out, **options)
     except KeyboardInterrupt as interruption:
         if processes.told_elsewhere(interruption):
             raise typer.Exit(130) from None
-        print(f"\npyro-vae: interrupted; go on with: pyro-vae fit --resume --out {out}", file=sys.stderr)
+        print(f"\npyro-vae: interrupted; go on with: pyro-vae fit --resume --out {out}{go_on}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

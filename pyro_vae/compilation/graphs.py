@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae.compilation.subnormals import COMPOSED, without_subnormals
+from pyro_vae.compilation.subnormals import without_subnormals
 from pyro_vae.estimators.tracing import Tape
 
 __all__ = ["Decision", "Graph", "NotCompilableError", "call_with", "check_compile"]
@@ -114,7 +114,6 @@ class Graph:
         self._modes = [(owner, owner.training) for owner in module.modules()]
         inputs = [*self._state.values(), *example]
         self.graph = self._traced(inputs)
-        without_subnormals(self.graph)
         self._compiled = _compiled(self.graph, inputs)
 
     def suits(self, *tensors: Tensor) -> bool:
@@ -138,7 +137,6 @@ class Graph:
             return self._compiled(*self._state.values(), *tensors)
 
     def _traced(self, inputs: list[Tensor]) -> torch.fx.GraphModule:
-        from torch._decomp import get_decompositions
         from torch.fx.experimental.proxy_tensor import make_fx
 
         def flat(*tensors: Tensor) -> list[Tensor]:
@@ -148,10 +146,11 @@ class Graph:
 
         try:
             with _traceable(), torch.no_grad():
-                table: Any = get_decompositions(COMPOSED)
-                return make_fx(flat, table, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+                graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            without_subnormals(graph)
         except Exception as error:
             raise NotCompilableError(_reason(error)) from error
+        return graph
 
 
 def _layout(tensor: Tensor) -> Any:
@@ -217,6 +216,7 @@ def _reason(error: Exception) -> str:
     message = next(iter(str(error).strip().splitlines()), "")
     frames = traceback.extract_tb(error.__traceback__)
     where = [frame for frame in frames if "/torch/" not in frame.filename and frame.filename != __file__][-1:]
-    if "data-dependent" in message or "DataDependent" in type(error).__name__:
+    kind = type(error).__name__
+    if "data-dependent" in message or "DataDependent" in kind or "DynamicOutputShape" in kind:
         message = "what is computed depends on the values of tensors"
-    return " ".join([message or type(error).__name__, *(f"({at.filename}:{at.lineno}: {at.line})" for at in where)])
+    return " ".join([message or kind, *(f"({at.filename}:{at.lineno}: {at.line})" for at in where)])

@@ -8,19 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["COMPOSED", "negligible", "without_subnormals"]
+__all__ = ["WIDE", "negligible", "without_subnormals"]
+
+WIDE = (torch.float32, torch.float64, torch.bfloat16)  # of float16 no number is negligible
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution, _aten.convolution_backward}
-COMPOSED = [_aten.binary_cross_entropy_with_logits, _aten.log_sigmoid_forward, _aten.softplus]  # of exponentials
-_ADDED = {  # what is computed, and what it does not matter for
-    _aten.exp: {_aten.log1p},
-    _aten.sigmoid: {_aten.sub, _aten.add},
-}
 
 
 def negligible(dtype: torch.dtype) -> float:
-    """A number below which all are taken for zero: 1e8 times the smallest normal one, 1e-30 in float32.
+    """A number below which products and averages take all for zero: 1e8 times the smallest normal one.
 
     Example:
         >>> negligible(torch.float64)
@@ -34,8 +31,7 @@ def without_subnormals(graph: torch.fx.GraphModule) -> None:
 
     Where a decoder is sure of a pixel, the gradient of its logit is next to nothing, and products with it are
     subnormal: a hundred such pixels make a step five times as slow. So matrix products and convolutions take operands
-    that are negligible for zero. And where the exponential of a logit, or its sigmoid, is added to another number, it
-    is zero if it would be subnormal.
+    that are negligible for zero, and the cross entropy of bits, with its gradient, exponentials that are subnormal.
 
     Args:
         graph: A graph of ATen's operations, which is changed.
@@ -47,43 +43,79 @@ def without_subnormals(graph: torch.fx.GraphModule) -> None:
         >>> graph(torch.tensor([[1e-18]]), torch.tensor([[1e-3]]))
         tensor([[0.]])
     """
-    spared: dict[Any, Any] = {}
     for node in list(graph.graph.nodes):
         if _packet(node) in _PRODUCTS:
-            node.args = torch.fx.node.map_arg(node.args, lambda argument: _spared(graph.graph, argument, spared))
-        elif _is_only_added(node):
-            _cut(graph.graph, node)
+            with graph.graph.inserting_before(node):  # as of then: what it is computed of may change in place
+                node.args = torch.fx.node.map_arg(node.args, lambda argument: _spared(graph.graph, argument))
+        elif _packet(node) is _aten.binary_cross_entropy_with_logits and _is_wide(node.args[0]):
+            _cut_gradient(graph.graph, node)
+            _cut_cross_entropy(graph.graph, node)
     graph.recompile()
 
 
-def _is_only_added(node: torch.fx.Node) -> bool:
-    added = _ADDED.get(_packet(node), set())
-    return bool(node.users) and all(_packet(user) in added for user in node.users)
-
-
-def _cut(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-    """Let an exponential or a sigmoid be that of minus infinity where it would be subnormal."""
-    x, value = node.args[0], node.meta["val"]
-    with graph.inserting_before(node):
-        low = graph.call_function(_aten.lt.Scalar, (x, math.log(torch.finfo(value.dtype).tiny)))
-        node.args = (graph.call_function(_aten.masked_fill.Scalar, (x, low, -math.inf)),)
-
-
-def _spared(graph: torch.fx.Graph, node: Any, spared: dict[Any, Any]) -> Any:
+def _spared(graph: torch.fx.Graph, node: Any) -> Any:
     """The same tensor with zeros in place of what is negligible; weights, data and other products stay as they are."""
+    if node.op != "call_function" or _packet(node) in _PRODUCTS or not _is_wide(node):
+        return node
+    if not _is_view(node):  # computed in the loop that computes the tensor
+        return graph.call_function(_aten.hardshrink.default, (node, negligible(node.meta["val"].dtype)))
+    whole = _spared(graph, node.args[0])  # and viewed then, as a view would be copied
+    return graph.node_copy(node, lambda argument: whole if argument is node.args[0] else argument)
+
+
+def _cut_gradient(graph: torch.fx.Graph, cross_entropy: torch.fx.Node) -> None:
+    """The gradient is the sigmoid of the logits minus the bits."""
+    logits, bits = map(_base, cross_entropy.args[:2])
+    for node in list(graph.nodes):
+        if _packet(node) is _aten.sigmoid and _base(node.args[0]) is logits:
+            differences = [user for user in node.users if _packet(user) is _aten.sub and user.args[0] is node]
+            if len(differences) == len(node.users) and all(_base(user.args[1]) is bits for user in differences):
+                with graph.inserting_before(node):
+                    node.args = (_cut(graph, node.args[0]),)
+
+
+def _cut_cross_entropy(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    r"""It is :math:`(1 - x)\,l - \min(0, l) + \log(1 + e^{-|l|})`, of bits x and logits l."""
+    logits, bits, *options = node.args
+    if options != [None, None, 0]:  # weights, or a reduction
+        return
+    with graph.inserting_before(node):
+        minus = graph.call_function(_aten.neg.default, (graph.call_function(_aten.abs.default, (logits,)),))
+        exponential = graph.call_function(_aten.exp.default, (_cut(graph, minus, like=logits),))
+        positive = graph.call_function(_aten.log1p.default, (exponential,))
+        log_sigmoid = graph.call_function(
+            _aten.sub.Tensor, (graph.call_function(_aten.clamp_max.default, (logits, 0.0)), positive)
+        )
+        other = graph.call_function(_aten.rsub.Scalar, (bits, 1.0))
+        found = graph.call_function(
+            _aten.sub.Tensor, (graph.call_function(_aten.mul.Tensor, (other, logits)), log_sigmoid)
+        )
+    found.meta = dict(node.meta)
+    node.replace_all_uses_with(found)
+    graph.erase_node(node)
+
+
+def _cut(graph: torch.fx.Graph, x: Any, like: Any = None) -> torch.fx.Node:
+    """Minus infinity where the exponential would be subnormal."""
+    smallest = math.log(torch.finfo((like or x).meta["val"].dtype).tiny)
+    low = graph.call_function(_aten.lt.Scalar, (x, smallest))
+    return graph.call_function(_aten.masked_fill.Scalar, (x, low, -math.inf))
+
+
+def _is_wide(node: torch.fx.Node) -> bool:
     value = node.meta.get("val")
-    if node.op != "call_function" or _packet(node) in _PRODUCTS or not isinstance(value, Tensor):
-        return node
-    if not value.is_floating_point():
-        return node
-    if node not in spared:
-        with graph.inserting_after(node):
-            if not node.target.is_view:  # in the loop that computes it
-                spared[node] = graph.call_function(_aten.hardshrink.default, (node, negligible(value.dtype)))
-            else:  # the view of what is spared, as it would be copied otherwise
-                whole = _spared(graph, node.args[0], spared)
-                spared[node] = graph.node_copy(node, lambda argument: whole if argument is node.args[0] else argument)
-    return spared[node]
+    return isinstance(value, Tensor) and value.dtype in WIDE
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    return getattr(node.target, "is_view", False)
+
+
+def _base(node: Any) -> Any:
+    """What a tensor is a view of."""
+    while isinstance(node, torch.fx.Node) and _is_view(node):
+        node = node.args[0]
+    return node
 
 
 def _packet(node: torch.fx.Node) -> Any:

@@ -120,7 +120,7 @@ class _Passes:
             try:
                 self._draw = CompiledLogProbabilities(self.program, batch, num_particles)
             except NotCompilableError as error:
-                warnings.warn(f"the passes are not compiled: {error}", stacklevel=5)
+                warnings.warn(f"the passes are not compiled: {error}; they run as they are, slower", stacklevel=5)
         self.remaining -= 1
         return self._draw(*batch, num_particles=num_particles)
 

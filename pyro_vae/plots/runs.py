@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,13 +51,19 @@ def training_curve(history: pd.DataFrame) -> Figure:
     if len(settled) > 1:
         low = min(settled.min(), history.valid_elbo.iloc[len(history) // 20 :].min())
         high = history[["elbo", "valid_elbo"]].max().max()
-        margin = 0.05 * (high - low) or 1.0  # of a curve that is flat
-        elbo.set_ylim(low - margin, high + margin)
+        _show(elbo, low, high)
         both = history[["rate", "distortion"]].iloc[max(1, len(history) // 20) :]
         low, high = min(0.0, both.min().min()), both.max().max()
-        parts.set_ylim(low, high + 0.05 * (high - low))
+        _show(parts, low, high, below=0.0)
     beta.set_ylim(0, 1.1 * max(1.0, history.beta.max()))
     return figure
+
+
+def _show(axes: Any, low: float, high: float, below: float = 1.0) -> None:
+    """Show these values, with a margin that a flat curve has too."""
+    margin = max(0.05 * (high - low), 1e-3 * max(1.0, abs(high)))
+    if math.isfinite(margin):
+        axes.set_ylim(low - below * margin, high + margin)
 
 
 def image_grid(x: Tensor, columns: int = 8) -> Figure:

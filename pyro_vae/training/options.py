@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 from pyro_vae import schedules
 from pyro_vae.compilation import check_compile
-from pyro_vae.compilation.subnormals import negligible
+from pyro_vae.compilation.subnormals import WIDE, negligible
 from pyro_vae.data.workers import check_num_workers
 from pyro_vae.programs import Program
 from pyro_vae.training.processes import num_processes
@@ -26,10 +29,20 @@ from pyro_vae.training.processes import num_processes
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Options", "annealing", "fabric", "import_fabric", "lr_scheduler", "optimizer", "zero_negligible"]
+__all__ = [
+    "Options",
+    "annealing",
+    "checked_seed",
+    "fabric",
+    "import_fabric",
+    "lr_scheduler",
+    "optimizer",
+    "zero_negligible",
+]
 
 LR_SCHEDULES = ("cosine", "one-cycle")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+_AVERAGES = ("exp_avg", "momentum_buffer")  # of gradients, as torch's optimizers call them
 STRATEGIES = ("auto", "ddp", "fsdp")
 
 
@@ -71,6 +84,7 @@ class Options:
         if isinstance(self.lr_schedule, str) and self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(f"lr_schedule: expected one of {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}")
         check_compile(self.compile)
+        self.seed = None if self.seed is None else checked_seed(self.seed)
         name = type(self.estimator).__name__
         if name.startswith("Jit"):
             raise ValueError(f"{name} would trace beta once and for all; expected {name.removeprefix('Jit')}")
@@ -84,6 +98,20 @@ class Options:
             getattr(module, "scale", None) == "optimal" for module in program.modules()
         ):
             raise ValueError("scale='optimal' knows no weights of enumerated latents; expected scale='global'")
+
+
+def checked_seed(seed: Any) -> int:
+    """A seed of torch's, NumPy's and Python's random numbers.
+
+    Example:
+        >>> checked_seed(-1)
+        Traceback (most recent call last):
+        ...
+        ValueError: seed: expected a whole number from 0 to 4294967295, got -1
+    """
+    if not isinstance(seed, Integral) or not 0 <= int(seed) < 2**32:
+        raise ValueError(f"seed: expected a whole number from 0 to {2**32 - 1}, got {seed!r}")
+    return int(seed)
 
 
 def fabric(
@@ -128,10 +156,10 @@ def fabric(
 
 
 def import_fabric() -> ModuleType:
-    """The package lightning_fabric, imported without a change to the environment.
+    """The package lightning_fabric, imported without a change to the environment, and without what it has to say.
 
     On import it lets PyTorch ask for GPUs in another way, by looking for a library of their driver, which `Adam` then
-    does at each step.
+    does at each step; and its logger shows how processes and precisions are set up.
 
     Example:
         >>> before = dict(os.environ)
@@ -140,9 +168,11 @@ def import_fabric() -> ModuleType:
         >>> os.environ == before
         True
     """
-    before = dict(os.environ)
+    before, is_new = dict(os.environ), "lightning_fabric" not in sys.modules
     import lightning_fabric
 
+    if is_new:
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
@@ -195,12 +225,13 @@ def optimizer(program: Program, options: Options) -> torch.optim.Optimizer:
     return options.optimizer(parameters, lr=options.lr, **fused)
 
 
+@torch.no_grad()
 def zero_negligible(optimizer: torch.optim.Optimizer) -> None:
-    """Make zeros of what the optimizer keeps that is next to nothing, which a CPU computes ten times as slowly.
+    """Make zeros of averages of gradients that are next to nothing, which a CPU computes ten times as slowly.
 
-    Moving averages of gradients that have become zero, as those of pixels that are seldom lit, decay to numbers below
-    the smallest normal one, and stay there by rounding. Zeroed every so many steps where they are negligible (1e-30 in
-    float32), they never come there.
+    Averages of gradients that have become zero, as those of pixels that are seldom lit, decay to numbers below the
+    smallest normal one, and stay there by rounding. Zeroed every so many steps where they are negligible (1e-30 in
+    float32), they never come there. (Averages of squares decay too slowly to matter, and are divided by.)
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -211,10 +242,11 @@ def zero_negligible(optimizer: torch.optim.Optimizer) -> None:
         >>> adam.state[weight]["exp_avg"]
         tensor([0.])
     """
-    for parameter, kept in optimizer.state.items():
-        for value in kept.values():
-            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == parameter.shape:
-                value.copy_(nn.functional.hardshrink(value, negligible(value.dtype)))
+    for kept in optimizer.state.values():
+        for name in _AVERAGES if isinstance(kept, dict) else ():
+            value = kept.get(name)
+            if isinstance(value, Tensor) and value.dtype in WIDE and value.layout == torch.strided:
+                kept[name] = nn.functional.hardshrink(value, negligible(value.dtype))
 
 
 def lr_scheduler(optimizer: torch.optim.Optimizer, options: Options, total_steps: int) -> Any:

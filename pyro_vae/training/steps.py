@@ -123,6 +123,11 @@ class Training:
             self.processes.check_globals(self.program, batch)
             checks.check(self.options.estimator, self.program.model, self.program.guide, *batch)
 
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next step, from 1."""
+        return min(self.step // len(self.batches) + 1, self.options.epochs)
+
     def _take(self, epoch: int, raw: tuple[Tensor, ...]) -> Step:
         progress = self.step / self.total_steps
         beta = self.anneal(progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -48,10 +47,10 @@ def progress_bar(training: Training, visible: bool) -> Iterator[Callable[[Step],
         TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:.0f} steps/s  ELBO {task.fields[elbo]:.2f}  beta {task.fields[beta]:.2f}"),
+        TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
     )
-    fields: Any = {"epoch": 1, "epochs": training.options.epochs, "rate": 0.0, "elbo": math.nan, "beta": 1.0}
+    fields: Any = {"epoch": training.epoch, "epochs": training.options.epochs, "figures": ""}
     with Progress(
         *columns, console=Console(stderr=True), disable=not visible or training.step == training.total_steps
     ) as bar:
@@ -68,7 +67,8 @@ def progress_bar(training: Training, visible: bool) -> Iterator[Callable[[Step],
             times.append(now)
             if now - shown > 0.1 or step.step == training.total_steps:
                 rate = (len(times) - 1) / (now - times[0])
-                bar.update(task, completed=step.step, epoch=step.epoch, rate=rate, elbo=median(elbos), beta=step.beta)
+                figures = f"{rate:.0f} steps/s  ELBO {median(elbos):.2f}  beta {step.beta:.2f}"
+                bar.update(task, completed=step.step, epoch=step.epoch, figures=figures)
                 shown = now
 
         yield show
