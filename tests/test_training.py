@@ -699,7 +699,7 @@ def test_a_seed_is_a_whole_number_that_all_take(seed, x):
     with pytest.raises(ValueError, match="seed: expected a whole number from 0 to 4294967295"):
         fit(vae, x, epochs=1, seed=seed, **QUIET)
     assert torch.equal(torch.get_rng_state(), before)
-    Training(make(), x, epochs=1, seed=np.int64(3))
+    Training(make(), x, epochs=1, batch_size=5, seed=np.int64(3))
 
 
 def test_optimizers_of_ones_own_may_keep_anything(x):
