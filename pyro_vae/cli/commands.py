@@ -14,7 +14,7 @@ import pyro_vae
 from pyro_vae import diagnostics, evaluation, expressions, plots, runs
 from pyro_vae.cli import diagnosis as page
 from pyro_vae.cli import output
-from pyro_vae.cli.arguments import Debug, Device, NumParticles, Run, Trust, option
+from pyro_vae.cli.arguments import NUM_PARTICLES, Debug, Device, NumParticles, Run, Trust, option
 from pyro_vae.cli.configuration import DATA
 from pyro_vae.cli.fitting import fit
 from pyro_vae.data import InMemory, OnDisk
@@ -50,7 +50,7 @@ app.command()(fit)
 @app.command()
 def evaluate(
     run: Run,
-    num_particles: NumParticles = 5000,
+    num_particles: NumParticles = NUM_PARTICLES,
     data: Annotated[str | None, option("Other data than the run's, whose figures are then only printed.")] = None,
     data_root: Annotated[str | None, option("Folder of torchvision's data sets.")] = None,
     seed: Annotated[int, option("Seed of the particles.")] = 0,

@@ -14,7 +14,7 @@ from torch import nn
 import pyro_vae
 from pyro_vae import expressions, runs
 from pyro_vae.cli import output
-from pyro_vae.cli.arguments import Debug, Device, NumParticles, Trust, option
+from pyro_vae.cli.arguments import NUM_PARTICLES, Debug, Device, NumParticles, Trust, option
 from pyro_vae.data import InMemory, OnDisk, Splits
 from pyro_vae.likelihoods import Bernoulli
 from pyro_vae.networks import Standardized
@@ -23,8 +23,6 @@ from pyro_vae.training import processes
 from pyro_vae.training.options import checked_seed, fabric
 
 __all__ = ["fit"]
-
-NUM_PARTICLES = 5000
 
 
 def fit(

@@ -71,34 +71,33 @@ def _cut_gradient(graph: torch.fx.Graph, cross_entropy: torch.fx.Node) -> None:
             differences = [user for user in node.users if _packet(user) is _aten.sub and user.args[0] is node]
             if len(differences) == len(node.users) and all(_base(user.args[1]) is bits for user in differences):
                 with graph.inserting_before(node):
-                    node.args = (_cut(graph, node.args[0]),)
+                    node.args = (_cut(graph, node.args[0], node.meta["val"].dtype),)
 
 
 def _cut_cross_entropy(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     r"""It is :math:`(1 - x)\,l - \min(0, l) + \log(1 + e^{-|l|})`, of bits x and logits l."""
-    logits, bits, *options = node.args
+    arguments: Any = node.args
+    logits, bits, *options = arguments
     if options != [None, None, 0]:  # weights, or a reduction
         return
+
+    def call(operation: Any, *operands: Any) -> Any:
+        return graph.call_function(operation, operands)
+
     with graph.inserting_before(node):
-        minus = graph.call_function(_aten.neg.default, (graph.call_function(_aten.abs.default, (logits,)),))
-        exponential = graph.call_function(_aten.exp.default, (_cut(graph, minus, like=logits),))
-        positive = graph.call_function(_aten.log1p.default, (exponential,))
-        log_sigmoid = graph.call_function(
-            _aten.sub.Tensor, (graph.call_function(_aten.clamp_max.default, (logits, 0.0)), positive)
-        )
-        other = graph.call_function(_aten.rsub.Scalar, (bits, 1.0))
-        found = graph.call_function(
-            _aten.sub.Tensor, (graph.call_function(_aten.mul.Tensor, (other, logits)), log_sigmoid)
-        )
+        minus = call(_aten.neg.default, call(_aten.abs.default, logits))
+        positive = call(_aten.log1p.default, call(_aten.exp.default, _cut(graph, minus, logits.meta["val"].dtype)))
+        log_sigmoid = call(_aten.sub.Tensor, call(_aten.clamp_max.default, logits, 0.0), positive)
+        of_zeros = call(_aten.mul.Tensor, call(_aten.rsub.Scalar, bits, 1.0), logits)
+        found = call(_aten.sub.Tensor, of_zeros, log_sigmoid)
     found.meta = dict(node.meta)
     node.replace_all_uses_with(found)
     graph.erase_node(node)
 
 
-def _cut(graph: torch.fx.Graph, x: Any, like: Any = None) -> torch.fx.Node:
+def _cut(graph: torch.fx.Graph, x: Any, dtype: torch.dtype) -> torch.fx.Node:
     """Minus infinity where the exponential would be subnormal."""
-    smallest = math.log(torch.finfo((like or x).meta["val"].dtype).tiny)
-    low = graph.call_function(_aten.lt.Scalar, (x, smallest))
+    low = graph.call_function(_aten.lt.Scalar, (x, math.log(torch.finfo(dtype).tiny)))
     return graph.call_function(_aten.masked_fill.Scalar, (x, low, -math.inf))
 
 

@@ -88,8 +88,7 @@ class Gradients:
                 raise NotCompilableError("16-mixed scales gradients from step to step; bf16-mixed does not")
             self.compiled = CompiledStep(self.objective, raw, self.batches.prepare, self.fabric.autocast)
         except NotCompilableError as error:
-            warnings.warn(
-                f"the step is not compiled: {error}; it runs as it is, slower", stacklevel=8
-            )  # whoever called fit
+            whoever_called_fit = 8
+            warnings.warn(f"the step is not compiled: {error}; it runs as it is, slower", stacklevel=whoever_called_fit)
         else:
             self.announce(f"compiled the step in {self.compiled.seconds:.0f} s")

@@ -42,8 +42,8 @@ __all__ = [
 
 LR_SCHEDULES = ("cosine", "one-cycle")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
-_AVERAGES = ("exp_avg", "momentum_buffer")  # of gradients, as torch's optimizers call them
 STRATEGIES = ("auto", "ddp", "fsdp")
+_AVERAGES = ("exp_avg", "momentum_buffer")  # of gradients, as torch's optimizers call them
 
 
 @dataclasses.dataclass

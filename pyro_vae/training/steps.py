@@ -26,8 +26,7 @@ from pyro_vae.training.processes import Processes
 
 __all__ = ["NonFiniteError", "Step", "Training", "steps"]
 
-
-_ROUNDED = 100  # steps; a moving average that keeps 0.9 of itself takes 175 to fall by 1e8
+_ZEROED_EVERY = 100  # steps; a moving average that keeps 0.9 of itself takes 175 to fall by 1e8
 
 
 class NonFiniteError(FloatingPointError):
@@ -140,7 +139,7 @@ class Training:
             self._check_parameters()
         self.processes.step(self._fabric_optimizer.step)
         self.step += 1
-        if self.step % _ROUNDED == 0:
+        if self.step % _ZEROED_EVERY == 0:
             zero_negligible(self.optimizer)
         if self.scheduler is not None:
             self.scheduler.step()
