@@ -534,7 +534,8 @@ def test_help_and_entry_point(call, tmp_path):
 
 
 def test_ctrl_c_ends_cleanly_with_a_checkpoint(tmp_path):
-    command = [sys.executable, "-m", "pyro_vae", *FIT, "--epochs", "100000", "--out", "run"]
+    # Compiling, which would pay for so many epochs, takes ten seconds.
+    command = [sys.executable, "-m", "pyro_vae", *FIT, "--epochs", "100000", "--no-compile", "--out", "run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -211,6 +211,25 @@ def test_no_more_is_read_than_is_asked_for(store, monkeypatch):
     assert not left_behind()
 
 
+def test_a_thread_that_reads_computes_alone(store, images):
+    """A pool of helpers for each thread that computes is more threads than processors: the step's then wait."""
+    before, reading = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        batches = Batches(store(images), make(), 10, seed=0, num_workers=2)
+        batches.tests = [lambda *_: reading.append((threading.current_thread().name[:14], torch.get_num_threads()))]
+        for _ in batches.epoch(0):
+            assert torch.get_num_threads() == 3
+        assert set(reading) == {("pyro_vae_read_", 1)}
+        started = []
+        another = threading.Thread(target=lambda: started.append(torch.get_num_threads()))
+        another.start()
+        another.join()
+        assert (torch.get_num_threads(), started) == (3, [3])  # and other threads begin as before
+    finally:
+        torch.set_num_threads(before)
+
+
 MEMORY = """
     import sys
     import numpy as np, torch
