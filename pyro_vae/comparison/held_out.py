@@ -23,7 +23,7 @@ from pyro_vae.diagnostics.khat import FEWEST_PARTICLES, largest_shape, pareto_sh
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE
 from pyro_vae.estimators.particles import log_probabilities
 from pyro_vae.estimators.terminal import progress_bar
-from pyro_vae.evaluation import annealed_log_likelihood, checked_batches
+from pyro_vae.evaluation import Gathered, annealed_log_likelihood, checked_batches
 from pyro_vae.evaluation.annealed import mean_weight
 from pyro_vae.evaluation.summary import part_of
 from pyro_vae.programs import Program, num_inputs, undisturbed
@@ -218,14 +218,14 @@ def _importance(program: Program, data: Any, num_particles: int, seed: int, adva
     """Log evidence, its error, effective sample size and k-hat, each of shape `(N,)`."""
     batches = checked_batches(program, data, min(num_particles, PARTICLES_AT_ONCE))
     batches.batch_size = max(1, min(batches.batch_size, WEIGHTS_AT_ONCE // num_particles))
-    parts = []
+    gathered = Gathered(batches.num_data)
     with undisturbed(program, seed), pyro.validation_enabled(False):
         for batch in batches.epoch(0):
             done = part_of(advance, len(batch[0]) / batches.num_data)
             log_weights, rounding = _log_weights(program, batch, num_particles, done)
             shapes, _ = pareto_shapes(log_weights, rounding)
-            parts.append((*mean_weight(log_weights), shapes))
-    return tuple(map(torch.cat, zip(*parts, strict=True)))
+            gathered.add(*mean_weight(log_weights), shapes)
+    return tuple(gathered.tensors())
 
 
 def _log_weights(

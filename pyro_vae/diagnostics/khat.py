@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae.diagnostics.verdict import Verdict
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE
 from pyro_vae.estimators.terminal import progress_bar
-from pyro_vae.evaluation import checked_batches, posterior_draws
+from pyro_vae.evaluation import Gathered, checked_batches, posterior_draws
 from pyro_vae.evaluation.draws import check_whole
 from pyro_vae.programs import Program, undisturbed
 
@@ -132,17 +132,15 @@ def khat(
     if math.isnan(threshold):
         raise ValueError("threshold: expected a number, got nan")
     batches = checked_batches(program, x, min(num_particles, PARTICLES_AT_ONCE))
-    shapes, sizes, shared = [], [], None
+    gathered, shared = Gathered(batches.num_data), None
     with undisturbed(program, seed), pyro.validation_enabled(False), progress_bar(1, progress) as begin:
         advance = begin("k-hat")
         for batch in batches.epoch(0):
             if shared is None:
                 shared = posterior_draws(program, *batch, num_samples=1).shared
-            found = pareto_shapes(*_log_weights(program, batch, num_particles, shared))
-            shapes.append(found[0])
-            sizes.append(found[1])
+            gathered.add(*pareto_shapes(*_log_weights(program, batch, num_particles, shared)))
             advance(len(batch[0]) / batches.num_data)
-    return KHat(torch.cat(shapes), torch.cat(sizes), num_particles, largest_shape(num_particles, threshold))
+    return KHat(*gathered.tensors(), num_particles, largest_shape(num_particles, threshold))
 
 
 def largest_shape(num_weights: int, threshold: float = TRUSTED) -> float:

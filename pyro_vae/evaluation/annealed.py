@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE, VALUES_AT_ONCE
 from pyro_vae.estimators.importance import log_mean_exp
 from pyro_vae.estimators.terminal import progress_bar
-from pyro_vae.evaluation.batches import checked_batches
+from pyro_vae.evaluation.batches import Gathered, checked_batches
 from pyro_vae.evaluation.densities import LatentSpace
 from pyro_vae.evaluation.draws import check_observed, check_whole, prior_draws
 from pyro_vae.evaluation.generation import takes_x_alone
@@ -136,7 +136,7 @@ def annealed_log_likelihood(
     """
     check_whole(1, num_chains=num_chains, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog)
     batches = checked_batches(program, data, min(num_chains, PARTICLES_AT_ONCE))
-    parts, shared = [], None
+    gathered, shared = Gathered(batches.num_data), None
     with _working(program, seed, progress, advance) as advance:
         for batch in batches.epoch(0):
             space = LatentSpace(program, *batch, shared=shared)
@@ -144,8 +144,8 @@ def annealed_log_likelihood(
             work = len(batch[0]) / batches.num_data / _chain_moves(num_temperatures, num_chains)
             path = _Path(space, num_temperatures, num_leapfrog, _scaled(advance, work))
             log_weights, acceptance = path.forward(num_chains)
-            parts.append(_annealed(log_weights, acceptance))
-    return Annealed(*map(torch.cat, zip(*parts, strict=True)))
+            gathered.add(*_annealed(log_weights, acceptance))
+    return Annealed(*gathered.tensors())
 
 
 def bidirectional(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from pyro_vae.data import Batches, as_source, check
 from pyro_vae.estimators.evidence import VALUES_AT_ONCE
 from pyro_vae.programs import Program, undisturbed
 
-__all__ = ["checked_batches"]
+__all__ = ["Gathered", "checked_batches"]
 
 
 def checked_batches(program: Program, data: Any, particles: int) -> Batches:
@@ -22,3 +24,37 @@ def checked_batches(program: Program, data: Any, particles: int) -> Batches:
     batches.batch_size = max(1, min(VALUES_AT_ONCE // (values * particles), batches.num_data, 4096))
     check(program, batches)
     return batches
+
+
+class Gathered:
+    """What batches give for each datum, in tensors that are there from the first batch on.
+
+    Small tensors that stay, made between the large ones of passes that go, keep their memory from being used again: of
+    thousands of batches, gigabytes.
+
+    Args:
+        num_data: Number of data, or more.
+
+    Example:
+        >>> import torch
+        >>> gathered = Gathered(3)
+        >>> for batch in torch.tensor([0.0, 1.0, 2.0]).split(2):
+        ...     gathered.add(batch, -batch)
+        >>> gathered.tensors()
+        [tensor([0., 1., 2.]), tensor([-0., -1., -2.])]
+    """
+
+    def __init__(self, num_data: int):
+        self._num_data, self._end = num_data, 0
+        self._tensors: list[Tensor] = []
+
+    def add(self, *parts: Tensor) -> None:
+        """The next batch's, each of shape `(B, ...)`."""
+        self._tensors = self._tensors or [part.new_empty(self._num_data, *part.shape[1:]) for part in parts]
+        start, self._end = self._end, self._end + len(parts[0])
+        for whole, part in zip(self._tensors, parts, strict=True):
+            whole[start : self._end] = part
+
+    def tensors(self) -> list[Tensor]:
+        """Those of all batches, each of shape `(N, ...)`."""
+        return [whole[: self._end] for whole in self._tensors]

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae.compilation import CompiledLogProbabilities, Decision, NotCompilableError
 from pyro_vae.estimators.evidence import PARTICLES_AT_ONCE, estimate_evidence
 from pyro_vae.estimators.particles import LogProbabilities, log_probabilities
-from pyro_vae.evaluation.batches import checked_batches
+from pyro_vae.evaluation.batches import Gathered, checked_batches
 from pyro_vae.programs import Program, undisturbed
 
 __all__ = ["Summary", "elbo", "rate_distortion", "summarize"]
@@ -87,7 +87,7 @@ def summarize(
     at_once = math.ceil(num_particles / math.ceil(num_particles / PARTICLES_AT_ONCE))  # passes of one size, or nearly
     batches = checked_batches(program, data, at_once)
     draw = _Passes(program, at_once, batches.batch_size, compile)
-    parts = []
+    gathered = Gathered(batches.num_data)
     with undisturbed(program, seed), pyro.validation_enabled(False):
         draw.remaining = len(batches) * math.ceil(num_particles / at_once)
         for batch in batches.epoch(0):
@@ -101,8 +101,8 @@ def summarize(
                 advance=part_of(advance, len(batch[0]) / batches.num_data),
             )
             elbo = -(found.rate + found.distortion)
-            parts.append(Summary(found.log_evidence, elbo, found.rate, found.distortion))
-    return Summary(*map(torch.cat, zip(*parts, strict=True)))
+            gathered.add(found.log_evidence, elbo, found.rate, found.distortion)
+    return Summary(*gathered.tensors())
 
 
 class _Passes:
