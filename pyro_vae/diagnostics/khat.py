@@ -140,7 +140,8 @@ def khat(
                 shared = posterior_draws(program, *batch, num_samples=1).shared
             gathered.add(*pareto_shapes(*_log_weights(program, batch, num_particles, shared)))
             advance(len(batch[0]) / batches.num_data)
-    return KHat(*gathered.tensors(), num_particles, largest_shape(num_particles, threshold))
+    shapes, sizes = gathered.tensors()
+    return KHat(shapes, sizes, num_particles, largest_shape(num_particles, threshold))
 
 
 def largest_shape(num_weights: int, threshold: float = TRUSTED) -> float:

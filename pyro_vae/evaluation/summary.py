@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
-import torch
 from torch import Tensor
 
 from pyro_vae.compilation import CompiledLogProbabilities, Decision, NotCompilableError
