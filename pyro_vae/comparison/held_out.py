@@ -218,7 +218,7 @@ def _importance(program: Program, data: Any, num_particles: int, seed: int, adva
     """Log evidence, its error, effective sample size and k-hat, each of shape `(N,)`."""
     batches = checked_batches(program, data, min(num_particles, PARTICLES_AT_ONCE))
     batches.batch_size = max(1, min(batches.batch_size, WEIGHTS_AT_ONCE // num_particles))
-    gathered = Gathered(batches.num_data)
+    gathered = Gathered()
     with undisturbed(program, seed), pyro.validation_enabled(False):
         for batch in batches.epoch(0):
             done = part_of(advance, len(batch[0]) / batches.num_data)

@@ -132,7 +132,7 @@ def khat(
     if math.isnan(threshold):
         raise ValueError("threshold: expected a number, got nan")
     batches = checked_batches(program, x, min(num_particles, PARTICLES_AT_ONCE))
-    gathered, shared = Gathered(batches.num_data), None
+    gathered, shared = Gathered(), None
     with undisturbed(program, seed), pyro.validation_enabled(False), progress_bar(1, progress) as begin:
         advance = begin("k-hat")
         for batch in batches.epoch(0):

@@ -136,7 +136,7 @@ def annealed_log_likelihood(
     """
     check_whole(1, num_chains=num_chains, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog)
     batches = checked_batches(program, data, min(num_chains, PARTICLES_AT_ONCE))
-    gathered, shared = Gathered(batches.num_data), None
+    gathered, shared = Gathered(), None
     with _working(program, seed, progress, advance) as advance:
         for batch in batches.epoch(0):
             space = LatentSpace(program, *batch, shared=shared)

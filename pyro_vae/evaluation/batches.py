@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_vae.data import Batches, as_source, check
@@ -27,34 +28,33 @@ def checked_batches(program: Program, data: Any, particles: int) -> Batches:
 
 
 class Gathered:
-    """What batches give for each datum, in tensors that are there from the first batch on.
+    """What batches give for each datum, in tensors with room for more of it.
 
     Small tensors that stay, made between the large ones of passes that go, keep their memory from being used again: of
     thousands of batches, gigabytes.
 
-    Args:
-        num_data: Number of data, or more.
-
     Example:
-        >>> import torch
-        >>> gathered = Gathered(3)
-        >>> for batch in torch.tensor([0.0, 1.0, 2.0]).split(2):
+        >>> gathered = Gathered()
+        >>> for batch in torch.tensor([0.0, 1.0, 2.0]).split(1):
         ...     gathered.add(batch, -batch)
         >>> gathered.tensors()
         [tensor([0., 1., 2.]), tensor([-0., -1., -2.])]
     """
 
-    def __init__(self, num_data: int):
-        self._num_data, self._end = num_data, 0
+    def __init__(self) -> None:
         self._tensors: list[Tensor] = []
+        self._end = 0
 
     def add(self, *parts: Tensor) -> None:
         """The next batch's, each of shape `(B, ...)`."""
-        self._tensors = self._tensors or [part.new_empty(self._num_data, *part.shape[1:]) for part in parts]
         start, self._end = self._end, self._end + len(parts[0])
-        for whole, part in zip(self._tensors, parts, strict=True):
-            whole[start : self._end] = part
+        self._tensors = self._tensors or [torch.empty_like(part) for part in parts]
+        if len(self._tensors[0]) < self._end:
+            more = [tensor.new_empty(self._end, *tensor.shape[1:]) for tensor in self._tensors]
+            self._tensors = list(map(torch.cat, zip(self._tensors, more, strict=True)))
+        for tensor, part in zip(self._tensors, parts, strict=True):
+            tensor[start : self._end] = part
 
     def tensors(self) -> list[Tensor]:
         """Those of all batches, each of shape `(N, ...)`."""
-        return [whole[: self._end] for whole in self._tensors]
+        return [tensor[: self._end].clone() for tensor in self._tensors]

@@ -76,6 +76,7 @@ def summarize(
 
     Example:
         >>> import pyro_vae
+        >>> import torch
         >>> vae = pyro_vae.build((8, 8), latent=2)
         >>> summary = summarize(vae, torch.ones(3, 8, 8), num_particles=10)
         >>> bool((summary.elbo <= summary.log_likelihood).all())
@@ -86,7 +87,7 @@ def summarize(
     at_once = math.ceil(num_particles / math.ceil(num_particles / PARTICLES_AT_ONCE))  # passes of one size, or nearly
     batches = checked_batches(program, data, at_once)
     draw = _Passes(program, at_once, batches.batch_size, compile)
-    gathered = Gathered(batches.num_data)
+    gathered = Gathered()
     with undisturbed(program, seed), pyro.validation_enabled(False):
         draw.remaining = len(batches) * math.ceil(num_particles / at_once)
         for batch in batches.epoch(0):
@@ -151,6 +152,7 @@ def elbo(program: Program, data: Any, num_particles: int = 1, *, seed: int = 0) 
 
     Example:
         >>> import pyro_vae
+        >>> import torch
         >>> elbo(pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8)).shape
         torch.Size([3])
     """
@@ -179,6 +181,7 @@ def rate_distortion(program: Program, data: Any, num_particles: int = 1, *, seed
 
     Example:
         >>> import pyro_vae
+        >>> import torch
         >>> rate, distortion = rate_distortion(pyro_vae.build((8, 8), latent=2), torch.ones(3, 8, 8))
         >>> rate.shape
         torch.Size([3])
