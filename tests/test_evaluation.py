@@ -13,6 +13,7 @@ from oracles import LinearGaussian, Mixture, TwoLatents
 from pyro.distributions import Normal
 from scipy import integrate, stats
 from torch import nn
+from torch.utils.data import IterableDataset
 
 import pyro_vae
 from pyro_vae import evaluation
@@ -154,6 +155,22 @@ def test_bad_numbers_are_refused():
         evaluation.sample(vae, 0, (8, 8))
     with pytest.raises(ValueError, match=r"event shape \(8, 8\), got \(8, 9\)"):
         evaluation.elbo(vae, torch.zeros(3, 8, 9))
+
+
+def test_streams_are_evaluated_whole():
+    """In the batches of tensors, and so with their random numbers."""
+
+    class Stream(IterableDataset):
+        def __len__(self):
+            return len(x)
+
+        def __iter__(self):
+            return iter(x)
+
+    vae, x = pyro_vae.build((8, 8), latent=2), torch.rand(9, 8, 8).round()
+    for particles in (1, 20):
+        expected = evaluation.log_likelihood(vae, x, particles)
+        assert torch.equal(evaluation.log_likelihood(vae, Stream(), particles), expected)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import pyro_vae
 from pyro_vae import runs
 from pyro_vae.cli import main, output
 from pyro_vae.data import Batches
-from pyro_vae.training import processes
+from pyro_vae.training import Training, processes
 from pyro_vae.training.options import fabric
 
 SCRIPT = Path(processes_script.__file__)
@@ -155,6 +155,16 @@ def test_only_the_first_process_writes(two):
     tensors, _ = runs.read_checkpoint(folder / "vae" / runs.CHECKPOINT)
     assert len(tensors["rng.cpu"]) == 2
     assert not torch.equal(*tensors["rng.cpu"])
+
+
+def test_each_goes_on_with_its_own_random_numbers(two):
+    tensors, _ = runs.read_checkpoint(two[2] / "vae" / runs.CHECKPOINT)
+    training = Training(processes_script.given(), processes_script.given_data(), batch_size=7, device="cpu")
+    training.processes.count = 2
+    with torch.random.fork_rng([]):
+        for training.processes.rank in (0, 1):
+            training._restore_rng(tensors)
+            assert torch.equal(torch.get_rng_state(), tensors["rng.cpu"][training.processes.rank])
 
 
 def test_one_process_resumes_what_two_have_begun(two):
@@ -397,7 +407,8 @@ def test_torchrun_and_another_number_of_processes(tmp_path):
     assert code == 0, said
     assert said.count("run directory") == 1
     assert said.count("test data, nats per datum") == 1
-    code, said = ended(start(*FIT, "--epochs", 3, "--resume", cwd=tmp_path))
-    assert code == 0, said
+    for options in (("--epochs", 3), ("--epochs", 4, "--devices", 2), ("--epochs", 5, "--devices", 2)):
+        code, said = ended(start(*FIT, *options, "--resume", cwd=tmp_path))
+        assert code == 0, said
     history = (tmp_path / "run" / runs.HISTORY).read_text().splitlines()
-    assert [row.split(",")[0] for row in history] == ["epoch", "1", "2", "3"]
+    assert [row.split(",")[0] for row in history] == ["epoch", "1", "2", "3", "4", "5"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ def read_ahead(read: Callable[[Part], Read], parts: Iterable[Part], num_threads:
         >>> list(read_ahead(str, [1, 2, 3], num_threads=2))
         ['1', '2', '3']
     """
-    pool = ThreadPoolExecutor(num_threads, "pyro_vae_read", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(num_threads, "pyro_vae_read", initializer=_alone, initargs=(torch.get_num_threads(),))
     pending: deque[Future[Read]] = deque()
     try:
         for part in parts:
@@ -36,4 +37,12 @@ def read_ahead(read: Callable[[Part], Read], parts: Iterable[Part], num_threads:
             yield pending.popleft().result()
     finally:  # whoever leaves in the middle of an epoch leaves no thread
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(torch.get_num_threads())  # this thread's number: others begin with what was set last
+
+
+def _alone(num_threads: int) -> None:
+    """Let this thread compute alone, and those that others start go on with so many."""
+    torch.get_num_threads()  # else the first computation sets it
+    torch.set_num_threads(1)
+    other = threading.Thread(target=torch.set_num_threads, args=(num_threads,))  # each begins with what was set last
+    other.start()
+    other.join()

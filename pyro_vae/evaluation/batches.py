@@ -19,10 +19,11 @@ def checked_batches(program: Program, data: Any, particles: int) -> Batches:
     if not (hasattr(program, "model") and hasattr(program, "guide")):
         raise ValueError(f"program: expected a module with model and guide, got {type(program).__name__}")
     source = as_source(data)
-    batches = Batches(source, program, batch_size=1)
+    one = Batches(source, program, batch_size=1)
     with undisturbed(program):
-        values = max(1, next(batches.epoch(0))[0][0].numel())
-    batches.batch_size = max(1, min(VALUES_AT_ONCE // (values * particles), batches.num_data, 4096))
+        values = max(1, next(one.epoch(0))[0][0].numel())
+    size = max(1, min(VALUES_AT_ONCE // (values * particles), one.num_data, 4096))
+    batches = Batches(source, program, size)  # and not that one, whose loader of a stream goes on by one datum
     check(program, batches)
     return batches
 

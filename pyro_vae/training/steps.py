@@ -221,9 +221,9 @@ class Training:
         if len(states) != self.processes.count:
             self.processes.seed(self.batches.seed or 0, self.step)
             return
-        torch.set_rng_state(states[self.processes.rank])
+        torch.set_rng_state(states[self.processes.rank].clone())  # torch refuses a part of a tensor
         if "rng.cuda" in tensors and self.fabric.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"][self.processes.rank], self.fabric.device)
+            torch.cuda.set_rng_state(tensors["rng.cuda"][self.processes.rank].clone(), self.fabric.device)
 
     def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
