@@ -4,6 +4,7 @@ import operator
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pyro
@@ -180,12 +181,25 @@ class Diverging(Drawing):
         return loss * torch.nan if torch.distributed.get_rank() == 1 and len(self.drawn) > 3 else loss
 
 
+class Dying(Drawing):
+    """Ends the second process in the third step, while the first one is busy for longer than its launcher waits."""
+
+    def differentiable_loss(self, model, guide, *args):
+        if len(self.drawn) == 3:
+            if torch.distributed.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(11)  # the launcher looks every five seconds
+        return super().differentiable_loss(model, guide, *args)
+
+
 def fail(folder, how):
     """Runs that end in every process."""
     data = torch.rand(40, 4, 4, generator=torch.Generator().manual_seed(2)).round()
     vae = pyro_vae.build((4, 4), latent=2)
     if how == "diverge":
         pyro_vae.fit(vae, data, estimator=Diverging(), batch_size=16, device="cpu", devices=2, out=folder / "vae")
+    if how == "die":
+        pyro_vae.fit(vae, data, estimator=Dying(), batch_size=16, device="cpu", devices=2)
     if how == "differ":  # the other process has started as the first one has
         data = data[:39] if "LOCAL_RANK" in os.environ else data
         pyro_vae.fit(vae, data, batch_size=16, device="cpu", devices=2)

@@ -346,6 +346,7 @@ def test_an_interrupted_evaluation_says_how_to_go_on(tmp_path, monkeypatch, caps
 
 
 FIT = ("-m", "pyro_vae", "fit", "--device", "cpu", "--num-particles", 2, "--valid", 0, "--out", "run")
+FIT += ("--no-compile",)  # which takes seconds, and would come after some steps of so long a run
 
 
 @pytest.mark.slow
@@ -378,6 +379,7 @@ def test_what_ends_one_process_ends_all(sent, code, line, strategy, tmp_path):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
+        ("die", "LostProcessError: rank 1 of 2 processes has ended, so all of them end"),
         ("diverge", "the loss is nan at step 4; first site not finite: none, though the loss is, in rank 1"),
         ("differ", "the same program and data in every process, got for number of data 40 in rank 0 and 39 in rank 1"),
     ],

@@ -115,6 +115,10 @@ class Processes:
             here = rank(fabric)
             raise LostProcessError(f"rank {here} does not find the other processes: {error}", here) from error
         self.count, self.rank = fabric.world_size, fabric.global_rank
+        if self.count > 1 and distributed.get_backend() == "gloo":
+            # Without the launcher's watch, which kills this process before it can tell who is lost; the next message
+            # shows it. Of NCCL's messages it may not show, so that the watch is needed there.
+            getattr(fabric.strategy.launcher, "procs", []).clear()
         self._wants_stop = self._stop = False
         self._before: dict[str, Tensor] = {}  # buffers after the last step
         self._moving: set[str] = set()  # names of those that have changed since the start
@@ -318,8 +322,6 @@ class Processes:
 
     def _lost(self) -> list[int]:
         """The ranks that say nothing any more."""
-        # Without the launcher's watch, which kills this process before it can tell.
-        getattr(self.fabric.strategy.launcher, "procs", []).clear()
         others = [rank for rank in range(self.count) if rank != self.rank]
         try:
             store = distributed.distributed_c10d._get_default_store()
