@@ -31,7 +31,8 @@ def without_subnormals(graph: torch.fx.GraphModule) -> None:
 
     Where a decoder is sure of a pixel, the gradient of its logit is next to nothing, and products with it are
     subnormal: a hundred such pixels make a step five times as slow. So matrix products and convolutions take operands
-    that are negligible for zero, and the cross entropy of bits, with its gradient, exponentials that are subnormal.
+    that are negligible for zero; so does the gradient of the cross entropy of bits exponentials that are subnormal, and
+    the cross entropy itself those whose cubes are, which the logarithm of one and them is made of.
 
     Args:
         graph: A graph of ATen's operations, which is changed.
@@ -71,7 +72,7 @@ def _cut_gradient(graph: torch.fx.Graph, cross_entropy: torch.fx.Node) -> None:
             differences = [user for user in node.users if _packet(user) is _aten.sub and user.args[0] is node]
             if len(differences) == len(node.users) and all(_base(user.args[1]) is bits for user in differences):
                 with graph.inserting_before(node):
-                    node.args = (_cut(graph, node.args[0], node.meta["val"].dtype),)
+                    node.args = (_cut(graph, node.args[0], _smallest(node.meta["val"].dtype)),)
 
 
 def _cut_cross_entropy(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
@@ -86,7 +87,8 @@ def _cut_cross_entropy(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
 
     with graph.inserting_before(node):
         minus = call(_aten.neg.default, call(_aten.abs.default, logits))
-        positive = call(_aten.log1p.default, call(_aten.exp.default, _cut(graph, minus, logits.meta["val"].dtype)))
+        cut = _cut(graph, minus, _smallest(logits.meta["val"].dtype) / 3)  # a third, since log1p computes cubes
+        positive = call(_aten.log1p.default, call(_aten.exp.default, cut))
         log_sigmoid = call(_aten.sub.Tensor, call(_aten.clamp_max.default, logits, 0.0), positive)
         of_zeros = call(_aten.mul.Tensor, call(_aten.rsub.Scalar, bits, 1.0), logits)
         found = call(_aten.sub.Tensor, of_zeros, log_sigmoid)
@@ -95,9 +97,14 @@ def _cut_cross_entropy(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _cut(graph: torch.fx.Graph, x: Any, dtype: torch.dtype) -> torch.fx.Node:
-    """Minus infinity where the exponential would be subnormal."""
-    low = graph.call_function(_aten.lt.Scalar, (x, math.log(torch.finfo(dtype).tiny)))
+def _smallest(dtype: torch.dtype) -> float:
+    """The number whose exponential is the smallest normal one."""
+    return math.log(torch.finfo(dtype).tiny)
+
+
+def _cut(graph: torch.fx.Graph, x: Any, least: float) -> torch.fx.Node:
+    """Minus infinity for what is less."""
+    low = graph.call_function(_aten.lt.Scalar, (x, least))
     return graph.call_function(_aten.masked_fill.Scalar, (x, low, -math.inf))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -34,14 +35,19 @@ class Fitted:
 
     Attributes:
         program: The trained program, the one that was given.
-        history: One row an epoch, with columns epoch, step, beta (at its last step), loss, elbo (with beta = 1), rate,
-            distortion (means over the epoch), valid_elbo (at its end), all in nats per datum, and seconds.
         out: The run directory, or None.
     """
 
     program: Program
-    history: pd.DataFrame
     out: Path | None
+    _history: History = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch, with columns epoch, step, beta (at its last step), loss, elbo (with beta = 1), rate,
+        distortion (means over the epoch), valid_elbo (at its end), all in nats per datum, and seconds.
+        """
+        return self._history.frame()  # when it is asked for: pandas takes a second to import, and 60 MiB
 
 
 def fit(
@@ -162,7 +168,7 @@ def fit(
         run.finish()
         if processes.agree(interrupted()):
             raise KeyboardInterrupt
-    return Fitted(program, run.history.frame(), folder)
+    return Fitted(program, folder, run.history)
 
 
 def _valid_elbo(training: Training, valid: Any) -> float:
@@ -205,7 +211,7 @@ class _Run:
             return
         runs.write_checkpoint(self.folder / runs.CHECKPOINT, tensors, meta | self.history.meta())
         with replacing(self.folder / runs.HISTORY) as temporary:
-            self.history.frame().to_csv(temporary, index=False)
+            self.history.write(temporary)
 
     def finish(self) -> None:
         """Write the weights, of a program that is ready for use."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_vae.training.steps import Step
@@ -48,6 +50,13 @@ class History:
 
         frame = pd.DataFrame(self.rows, columns=list(COLUMNS))
         return frame.astype({name: float for name in COLUMNS if name not in ("epoch", "step")})
+
+    def write(self, path: Path) -> None:
+        """Write the finished epochs as a table of comma-separated values, with nothing where there is no value."""
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            table.writeheader()
+            table.writerows(self.rows)
 
     def meta(self) -> dict[str, Any]:
         """All of it as plain data, for a checkpoint."""
