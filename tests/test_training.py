@@ -35,6 +35,7 @@ import pyro_vae
 from pyro_vae import evaluation, handlers, schedules
 from pyro_vae.estimators import checks
 from pyro_vae.training import NonFiniteError, Training, fit, steps
+from pyro_vae.training.optimizers import FusedStep
 from pyro_vae.training.options import Options
 
 QUIET = {"progress": False, "batch_size": 5}
@@ -397,6 +398,42 @@ def test_averages_of_gradients_that_have_become_zero_do_not_decay_to_subnormal_n
     assert sum((moment == 0).sum() for moment in moments) > 0
     for moment in moments:
         assert not ((moment != 0) & (moment.abs() < torch.finfo(moment.dtype).tiny)).any()
+
+
+@pytest.mark.parametrize("adam", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)])
+def test_the_fused_step_is_the_optimizer_s(adam, dtypes):
+    """Bit for bit, also where the learning rate changes, or a gradient is missing; and so are its state and counts."""
+    torch.manual_seed(0)
+    gradients = [[torch.randn(300, 5, dtype=dtype) for dtype in dtypes] for _ in range(12)]
+    found = []
+    for stepping in (lambda optimizer: lambda: optimizer.step(), FusedStep):
+        weights = [nn.Parameter(torch.ones(300, 5, dtype=dtype)) for dtype in dtypes]
+        optimizer = adam(weights, lr=0.1, fused=True)
+        step, schedule = stepping(optimizer), torch.optim.lr_scheduler.StepLR(optimizer, 3)
+        for i, given in enumerate(gradients):
+            for weight, gradient in zip(weights, given, strict=True):
+                weight.grad = None if i in (0, 6) and weight is weights[1] else gradient
+            step()
+            schedule.step()
+        kept = [optimizer.state[weight][name] for weight in weights for name in ("step", "exp_avg", "exp_avg_sq")]
+        found.append([*weights, *kept])
+    assert [int(tensor) for tensor in found[1] if tensor.dim() == 0] == [12, 10]
+    assert all(map(torch.equal, *found))
+
+
+def test_the_optimizer_s_own_step_where_others_have_it(x):
+    """A schedule of the user's may look at its steps, and 16-mixed scales its gradients."""
+    for options, fused in (({}, True), ({"lr_schedule": "cosine"}, True), ({"optimizer": torch.optim.SGD}, False)):
+        assert isinstance(Training(make(), x, batch_size=5, **options)._optimizer_step, FusedStep) is fused
+    seen = []
+
+    def watching(optimizer):
+        optimizer.register_step_post_hook(lambda *_: seen.append(1))
+        return torch.optim.lr_scheduler.StepLR(optimizer, 3)
+
+    fit(make(), x, epochs=2, lr_schedule=watching, **QUIET)
+    assert len(seen) == 8
 
 
 def test_subsampled_plates_give_the_loss_per_datum():

@@ -17,11 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
-from torch import Tensor, nn
 
 from pyro_vae import schedules
 from pyro_vae.compilation import check_compile
-from pyro_vae.compilation.subnormals import WIDE, negligible
 from pyro_vae.data.workers import check_num_workers
 from pyro_vae.programs import Program
 from pyro_vae.training.processes import num_processes
@@ -35,15 +33,11 @@ __all__ = [
     "checked_seed",
     "fabric",
     "import_fabric",
-    "lr_scheduler",
-    "optimizer",
-    "zero_negligible",
 ]
 
 LR_SCHEDULES = ("cosine", "one-cycle")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("auto", "ddp", "fsdp")
-_AVERAGES = ("exp_avg", "momentum_buffer")  # of gradients, as torch's optimizers call them
 
 
 @dataclasses.dataclass
@@ -213,51 +207,3 @@ def annealing(anneal: Any) -> Any:
             f"the run ends with beta = {anneal(1.0):g} < 1, so its loss is no bound on the evidence", stacklevel=4
         )
     return anneal
-
-
-def optimizer(program: Program, options: Options) -> torch.optim.Optimizer:
-    """The optimizer of all parameters that want a gradient."""
-    parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ValueError(f"{type(program).__name__} has no parameters to train")
-    # The fused step is the same computation in one kernel; torch's own optimizers have it.
-    fused = {"fused": True} if options.optimizer in (torch.optim.Adam, torch.optim.AdamW) else {}
-    return options.optimizer(parameters, lr=options.lr, **fused)
-
-
-@torch.no_grad()
-def zero_negligible(optimizer: torch.optim.Optimizer) -> None:
-    """Make zeros of averages of gradients that are next to nothing, which a CPU computes ten times as slowly.
-
-    Averages of gradients that have become zero, as those of pixels that are seldom lit, decay to numbers below the
-    smallest normal one, and stay there by rounding. Zeroed every so many steps where they are negligible (1e-30 in
-    float32), they never come there. (Averages of squares decay too slowly to matter, and are divided by.)
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
-        >>> adam = torch.optim.Adam([weight])
-        >>> weight.grad = torch.tensor([1e-37])
-        >>> adam.step()
-        >>> zero_negligible(adam)
-        >>> adam.state[weight]["exp_avg"]
-        tensor([0.])
-    """
-    for kept in optimizer.state.values():
-        for name in _AVERAGES if isinstance(kept, dict) else ():
-            value = kept.get(name)
-            if isinstance(value, Tensor) and value.dtype in WIDE and value.layout == torch.strided:
-                kept[name] = nn.functional.hardshrink(value, negligible(value.dtype))
-
-
-def lr_scheduler(optimizer: torch.optim.Optimizer, options: Options, total_steps: int) -> Any:
-    """The learning rate's scheduler, or None."""
-    from torch.optim import lr_scheduler
-
-    schedule = options.lr_schedule
-    if schedule == "cosine":
-        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps)
-    if schedule == "one-cycle":
-        total = max(total_steps, 4)
-        warm_up = max(0.05, 2 / total)  # torch needs a warm-up of two steps
-        return lr_scheduler.OneCycleLR(optimizer, options.lr, total, pct_start=warm_up, cycle_momentum=False)
-    return schedule(optimizer) if callable(schedule) else None

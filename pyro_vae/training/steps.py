@@ -21,7 +21,8 @@ from pyro_vae.estimators import checks
 from pyro_vae.estimators.objective import Objective
 from pyro_vae.programs import Program, check_param_sites, kept_buffers, undisturbed
 from pyro_vae.training.gradients import Gradients
-from pyro_vae.training.options import Options, annealing, fabric, lr_scheduler, optimizer, zero_negligible
+from pyro_vae.training.optimizers import lr_scheduler, optimizer, optimizer_step, zero_negligible
+from pyro_vae.training.options import Options, annealing, fabric
 from pyro_vae.training.processes import Processes
 
 __all__ = ["NonFiniteError", "Step", "Training", "steps"]
@@ -89,7 +90,7 @@ class Training:
         if self.processes.count > 1:
             self.processes.seed(order_seed, step=0)
         self.optimizer = optimizer(program, self.options)
-        self._fabric_optimizer: Any = self.fabric.setup_optimizers(self.optimizer)
+        self._optimizer_step = optimizer_step(self.optimizer, asked, self.fabric)
         self.total_steps = self.options.epochs * len(self.batches)
         self.scheduler = lr_scheduler(self.optimizer, self.options, self.total_steps)
         self.annealed = annealed(self.objective)
@@ -137,7 +138,7 @@ class Training:
         loss, rate, distortion, num_data = self._averaged(beta, raw)
         if self.step == 0:
             self._check_parameters()
-        self.processes.step(self._fabric_optimizer.step)
+        self.processes.step(self._optimizer_step)
         self.step += 1
         if self.step % _ZEROED_EVERY == 0:
             zero_negligible(self.optimizer)
