@@ -61,9 +61,9 @@ class FusedStep:
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
-        (self._group,) = optimizer.param_groups
-        beta1, beta2 = self._group["betas"]
-        same = {name: self._group[name] for name in ("weight_decay", "eps", "amsgrad", "maximize")}
+        (group,) = optimizer.param_groups
+        beta1, beta2 = group["betas"]
+        same = {name: group[name] for name in ("weight_decay", "eps", "amsgrad", "maximize")}
         kernel: Any = torch._fused_adamw_ if isinstance(optimizer, torch.optim.AdamW) else torch._fused_adam_
         self._kernel = partial(kernel, beta1=beta1, beta2=beta2, **same)
         self._states: list[dict[str, Tensor]] = []  # of the parameters, as long as all have had gradients
@@ -72,7 +72,8 @@ class FusedStep:
     @torch.no_grad()
     def __call__(self) -> None:
         """Take a step."""
-        parameters = self._group["params"]
+        (group,) = self.optimizer.param_groups  # another one where a state was loaded
+        parameters = group["params"]
         gradients = [parameter.grad for parameter in parameters]
         if not self._states or any(gradient is None for gradient in gradients):
             self.optimizer.step()
@@ -82,7 +83,7 @@ class FusedStep:
             [state[name] for state in self._states] for name in ("exp_avg", "exp_avg_sq", "step")
         )
         self._counts.add_(1)  # all of them
-        self._kernel(parameters, gradients, averages, squares, [], counts, lr=self._group["lr"])
+        self._kernel(parameters, gradients, averages, squares, [], counts, lr=group["lr"])
 
     def _look_up(self, parameters: list[Tensor]) -> None:
         states = [self.optimizer.state[parameter] for parameter in parameters]
