@@ -85,13 +85,20 @@ def parse(text: str, slot: str, *, known: Mapping[str, Any] | None = None, trust
 
 
 def _tree(text: str, slot: str) -> ast.expr:
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
-        tree = None
+    tree = _parsed(text, slot)
     if not isinstance(tree, ast.Call | ast.Name | ast.Attribute):
         raise ValueError(f"{slot}: expected a call such as Name(argument=1, other='text in quotes'), got {text!r}")
     return tree
+
+
+def _parsed(text: str, slot: str) -> ast.expr | None:
+    if not isinstance(text, str):
+        name = getattr(text, "__name__", type(text).__name__)
+        raise ValueError(f"{slot}: expected a text such as '{name}()', got {name} itself")
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        return None
 
 
 def build(
@@ -146,10 +153,7 @@ def build(
 
 def _networks(text: str) -> tuple[str, str]:
     """The encoder's and the decoder's network: one for both, or a pair `Encoder(), Decoder()`."""
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
-        tree = None
+    tree = _parsed(text, "network")
     pair = [ast.unparse(element) for element in tree.elts] if isinstance(tree, ast.Tuple) else [text, text]
     if len(pair) != 2:
         raise ValueError(f"network: expected one network, or a pair Encoder(), Decoder(); got {text!r}")

@@ -574,16 +574,24 @@ def in_place(h):
     return h
 
 
+def in_place_between_products(h):
+    h = h * 2
+    first = h @ torch.eye(8, dtype=h.dtype)
+    h[:, 1:].mul_(3)
+    return first + h @ torch.eye(8, dtype=h.dtype)
+
+
 @pytest.mark.parametrize(
     "function",
     [
         in_place,
+        in_place_between_products,
         lambda h: nn.functional.layer_norm(h, (8,)),
         lambda h: torch.cat(h.chunk(2, -1)[::-1], -1),
         lambda h: h.sort(-1).values,
         lambda h: h,
     ],
-    ids=["in place", "layer_norm", "chunk", "sort", "nothing"],
+    ids=["in place", "between", "layer_norm", "chunk", "sort", "nothing"],
 )
 def test_operands_of_products_may_come_from_anywhere(function, interpreted):
     posterior = posteriors.DiagonalNormal(Through(64, 8, function), 4)

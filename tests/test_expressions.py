@@ -8,7 +8,7 @@ import torch
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_vae
-from pyro_vae import networks, posteriors, priors, schedules
+from pyro_vae import likelihoods, networks, posteriors, priors, schedules
 from pyro_vae.expressions import build, parse, write
 
 
@@ -52,6 +52,8 @@ def test_fills_in_what_the_builder_knows():
     ("MLP(1, 2, [n for n in (1, 2)])", "net", "expected a literal or a call"),
     ("MLP(1, 2, hidden=open('x'))", "net", "unknown name 'open'"),
     ("MLP(", "net", "expected a call such as"),
+    (likelihoods.Gaussian, "likelihood", r"expected a text such as 'Gaussian\(\)', got Gaussian itself"),
+    (priors.StandardNormal(2), "prior", r"expected a text such as 'StandardNormal\(\)', got StandardNormal itself"),
     ("1 + 1", "net", "expected a call such as"),
     ("lambda: 1", "net", "expected a call such as"),
     ("", "net", "expected a call such as"),

@@ -491,7 +491,7 @@ def test_grey_values_that_were_looked_at_are_warned_of(store):
     vae = pyro_vae.build((4,), latent=2, network="MLP(hidden=[4])")
     with pytest.warns(UserWarning, match="grey values under a Bernoulli") as caught:
         fit(vae, store(x), epochs=1, batch_size=20, seed=0, progress=False)
-    assert len(caught) == 1
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_exposures_are_checked_as_they_are_read(store):
@@ -553,6 +553,17 @@ def test_a_window_is_checked(store, window):
 def test_arrays_that_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         OnDisk(*arguments)
+
+
+def test_a_loader_without_batches_is_refused():
+    loader = DataLoader(TensorDataset(torch.ones(3, 4)), batch_size=4, drop_last=True)
+    with pytest.raises(ValueError, match=r"expected at least one batch of 3 data, got none \(is drop_last on\?\)"):
+        Batches(loader, pyro_vae.build((4,), latent=2), batch_size=4)
+
+
+def test_data_say_what_they_are(store):
+    assert repr(InMemory(ONES)) == "InMemory(400 data of shape (4,), torch.float32)"
+    assert repr(OnDisk(store(ONES))) == "OnDisk(400 data of shape (4,), float32)"
 
 
 def test_files_that_are_refused(tmp_path, images):

@@ -14,6 +14,7 @@ WIDE = (torch.float32, torch.float64, torch.bfloat16)  # of float16 no number is
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution, _aten.convolution_backward}
+_MASKS = {_aten.relu, _aten.threshold_backward}  # whose values are zeros, or those of their first argument
 
 
 def negligible(dtype: torch.dtype) -> float:
@@ -44,24 +45,43 @@ def without_subnormals(graph: torch.fx.GraphModule) -> None:
         >>> graph(torch.tensor([[1e-18]]), torch.tensor([[1e-3]]))
         tensor([[0.]])
     """
+    spared: dict[torch.fx.Node, torch.fx.Node] = {}
     for node in list(graph.graph.nodes):
         if _packet(node) in _PRODUCTS:
-            with graph.graph.inserting_before(node):  # as of then: what it is computed of may change in place
-                node.args = torch.fx.node.map_arg(node.args, lambda argument: _spared(graph.graph, argument))
+            with graph.graph.inserting_before(node):
+                node.args = torch.fx.node.map_arg(node.args, lambda argument: _spared(graph.graph, argument, spared))
+        elif _changes_in_place(node):
+            spared.clear()  # they are as they were before
         elif _packet(node) is _aten.binary_cross_entropy_with_logits and _is_wide(node.args[0]):
             _cut_gradient(graph.graph, node)
             _cut_cross_entropy(graph.graph, node)
     graph.recompile()
 
 
-def _spared(graph: torch.fx.Graph, node: Any) -> Any:
+def _spared(graph: torch.fx.Graph, node: Any, spared: dict[torch.fx.Node, torch.fx.Node]) -> Any:
     """The same tensor with zeros in place of what is negligible; weights, data and other products stay as they are."""
-    if node.op != "call_function" or _packet(node) in _PRODUCTS or not _is_wide(node):
+    if _is_given(node) or not _is_wide(node):
         return node
-    if not _is_view(node):  # computed in the loop that computes the tensor
-        return graph.call_function(_aten.hardshrink.default, (node, negligible(node.meta["val"].dtype)))
-    whole = _spared(graph, node.args[0])  # and viewed then, as a view would be copied
-    return graph.node_copy(node, lambda argument: whole if argument is node.args[0] else argument)
+    if node not in spared:
+        if _is_view(node):  # viewed when spared, as a view would be copied
+            whole = _spared(graph, node.args[0], spared)
+            spared[node] = graph.node_copy(node, lambda argument: whole if argument is node.args[0] else argument)
+        else:  # computed in the loop that computes the tensor
+            of = (node, negligible(node.meta["val"].dtype))
+            spared[node] = graph.call_function(_aten.hardshrink.default, of)
+    return spared[node]
+
+
+def _is_given(node: Any) -> bool:
+    """Whether this is no result of arithmetic on single numbers: an input, a product, or what a mask leaves of one."""
+    if node.op != "call_function" or _packet(node) in _PRODUCTS:
+        return True
+    return (_is_view(node) or _packet(node) in _MASKS) and _is_given(node.args[0])
+
+
+def _changes_in_place(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _cut_gradient(graph: torch.fx.Graph, cross_entropy: torch.fx.Node) -> None:

@@ -105,6 +105,8 @@ class Batches:
             raise ValueError("data: expected at least one datum, got none")
         if not isinstance(self.source, DataLoader) and not 1 <= batch_size <= self.num_data:
             raise ValueError(f"batch size: expected 1 to {self.num_data} (the number of data), got {batch_size}")
+        if len(self) == 0:
+            raise ValueError(f"data: expected at least one batch of {self.num_data} data, got none (is drop_last on?)")
         if isinstance(self.source, InMemory):
             self.source = self.source.to(self.device)
 

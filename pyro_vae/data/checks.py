@@ -96,7 +96,7 @@ def _check_site(wanted: _Wanted, seen: Tensor, columns: Any, ordered: Batches, b
         grey = grey or source.grey
     if grey:
         warnings.warn(
-            f"{wanted.site}: grey values under a Bernoulli are a loss and no likelihood; {_BINARIZE}", stacklevel=4
+            f"{wanted.site}: grey values under a Bernoulli are a loss and no likelihood; {_BINARIZE}", stacklevel=5
         )
     # What is binarized or dequantized as it is served is what was seen.
     if on_disk and columns is not None and not source.redrawn and (general := wanted.of_any_batch()):

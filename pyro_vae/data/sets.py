@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,11 @@ CELLS = 2**14
 _MAX_BINS = 2**9
 
 
-class Served(Dataset):
+class Served(Dataset, Sized):
     """Data of a compact dtype that are served as floats, with what is random in them drawn."""
 
+    x: Any
+    event_shape: Any
     columns: tuple[str, ...] | None = None
     categories: dict[str, tuple]
 
@@ -36,6 +39,9 @@ class Served(Dataset):
         self.dequantize = dequantize
         self.redrawn = binarize == "dynamic" or dequantize is not None
         self.source = source
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self):,} data of shape {self.event_shape}, {self.x.dtype})"
 
     def serve(self, x: Tensor, *y: Tensor) -> tuple[Tensor, ...]:
         """Data of the kept dtype as they are served: as floats, with what is random in them drawn."""

@@ -32,10 +32,12 @@ def optimizer(program: Program, options: Options) -> torch.optim.Optimizer:
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, options: Options, fabric: Fabric) -> Callable[[], Any]:
-    """What takes a step of the optimizer: in the fewest words where nobody else has it, and Fabric where it scales."""
-    placed: Any = fabric.setup_optimizers(optimizer)
+    """What takes a step: `FusedStep` where the optimizer is ours alone, and Fabric's, which may scale it, otherwise."""
     others_have_it = options.optimizer not in _FUSED or callable(options.lr_schedule) or options.strategy == "fsdp"
-    return placed.step if others_have_it or options.precision == "16-mixed" else FusedStep(optimizer)
+    if not others_have_it and options.precision != "16-mixed":
+        return FusedStep(optimizer)
+    placed: Any = fabric.setup_optimizers(optimizer)
+    return placed.step
 
 
 class FusedStep:
