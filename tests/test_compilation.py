@@ -574,6 +574,13 @@ def in_place(h):
     return h
 
 
+def batch_norm_between_products(h):
+    mean, variance, eye = h.detach().mean(0) * 2, h.detach().var(0) + 1, torch.eye(8, dtype=h.dtype)
+    first = mean[None] @ eye
+    normed = nn.functional.batch_norm(h, mean, variance, training=True)  # changes the mean
+    return normed + first + mean[None] @ eye
+
+
 def in_place_between_products(h):
     h = h * 2
     first = h @ torch.eye(8, dtype=h.dtype)
@@ -586,12 +593,13 @@ def in_place_between_products(h):
     [
         in_place,
         in_place_between_products,
+        batch_norm_between_products,
         lambda h: nn.functional.layer_norm(h, (8,)),
         lambda h: torch.cat(h.chunk(2, -1)[::-1], -1),
         lambda h: h.sort(-1).values,
         lambda h: h,
     ],
-    ids=["in place", "between", "layer_norm", "chunk", "sort", "nothing"],
+    ids=["in place", "between", "batch norm", "layer_norm", "chunk", "sort", "nothing"],
 )
 def test_operands_of_products_may_come_from_anywhere(function, interpreted):
     posterior = posteriors.DiagonalNormal(Through(64, 8, function), 4)

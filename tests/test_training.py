@@ -1,5 +1,6 @@
 """Training: it fits, records the truth, resumes bit for bit, and fails cleanly."""
 
+import copy
 import inspect
 import os
 import signal
@@ -29,6 +30,7 @@ from pyro.infer import (
 )
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_vae
@@ -416,6 +418,8 @@ def test_the_fused_step_is_the_optimizer_s(adam, dtypes):
                 weight.grad = None if i in (0, 6) and weight is weights[1] else gradient
             step()
             schedule.step()
+            if i == 8:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         kept = [optimizer.state[weight][name] for weight in weights for name in ("step", "exp_avg", "exp_avg_sq")]
         found.append([*weights, *kept])
     assert [int(tensor) for tensor in found[1] if tensor.dim() == 0] == [12, 10]
@@ -434,6 +438,27 @@ def test_the_optimizer_s_own_step_where_others_have_it(x):
 
     fit(make(), x, epochs=2, lr_schedule=watching, **QUIET)
     assert len(seen) == 8
+    hook = register_optimizer_step_post_hook(lambda *_: seen.append(2))
+    try:
+        fit(make(), x, epochs=2, **QUIET)
+    finally:
+        hook.remove()
+    assert seen.count(2) == 8
+
+
+def test_parameters_between_which_there_are_others_are_trained_whole(x):
+    """The fused kernel would go through the memory between their numbers, and not to their end."""
+    vae = make()
+    vae.likelihood.net.layers[-1].bias = bias = nn.Parameter(torch.zeros(128)[::2])
+    fit(vae, x, epochs=1, **QUIET)
+    assert (bias != 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:config.yaml cannot name the anneal")
+@pytest.mark.parametrize("one", [torch.tensor(1.0), np.float32(1), True])
+def test_beta_may_be_any_number(tmp_path, x, one):
+    fit(make(), x, epochs=1, anneal=lambda progress: one, out=tmp_path / "run", **QUIET)
+    assert pd.read_csv(tmp_path / "run" / "history.csv").beta.tolist() == [1.0]
 
 
 def test_subsampled_plates_give_the_loss_per_datum():

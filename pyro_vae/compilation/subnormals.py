@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ WIDE = (torch.float32, torch.float64, torch.bfloat16)  # of float16 no number is
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution, _aten.convolution_backward}
+_NORMS = {_aten.native_batch_norm, _aten.cudnn_batch_norm}  # which change their running means, and do not say so
 _MASKS = {_aten.relu, _aten.threshold_backward}  # whose values are zeros, or those of their first argument
 
 
@@ -76,12 +78,13 @@ def _is_given(node: Any) -> bool:
     """Whether this is no result of arithmetic on single numbers: an input, a product, or what a mask leaves of one."""
     if node.op != "call_function" or _packet(node) in _PRODUCTS:
         return True
-    return (_is_view(node) or _packet(node) in _MASKS) and _is_given(node.args[0])
+    same = _is_view(node) or _packet(node) in _MASKS or node.target is operator.getitem
+    return same and _is_given(node.args[0])
 
 
 def _changes_in_place(node: torch.fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    return _packet(node) in _NORMS or (schema is not None and schema.is_mutable)
 
 
 def _cut_gradient(graph: torch.fx.Graph, cross_entropy: torch.fx.Node) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 
 from pyro_vae.compilation.subnormals import WIDE, negligible
 from pyro_vae.programs import Program
@@ -27,14 +28,16 @@ def optimizer(program: Program, options: Options) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in program.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError(f"{type(program).__name__} has no parameters to train")
-    fused = {"fused": True} if options.optimizer in _FUSED else {}
+    # The kernel goes through the memory of a parameter from its first number on, which must hold that parameter alone.
+    dense = all(torch.empty_like(parameter).stride() == parameter.stride() for parameter in parameters)
+    fused = {"fused": True} if options.optimizer in _FUSED and dense else {}
     return options.optimizer(parameters, lr=options.lr, **fused)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, options: Options, fabric: Fabric) -> Callable[[], Any]:
     """What takes a step: `FusedStep` where the optimizer is ours alone, and Fabric's, which may scale it, otherwise."""
-    others_have_it = options.optimizer not in _FUSED or callable(options.lr_schedule) or options.strategy == "fsdp"
-    if not others_have_it and options.precision != "16-mixed":
+    own = options.optimizer in _FUSED and not callable(options.lr_schedule) and options.strategy != "fsdp"
+    if own and optimizer.param_groups[0]["fused"] and options.precision != "16-mixed":
         return FusedStep(optimizer)
     placed: Any = fabric.setup_optimizers(optimizer)
     return placed.step
@@ -48,7 +51,7 @@ class FusedStep:
 
     Args:
         optimizer: Torch's Adam or AdamW, fused, of one group of parameters, in whose options only the learning rate
-            changes. Where some have no gradient its own step is taken.
+            changes. Where some have no gradient, or hooks want to know of its steps, its own step is taken.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([1.0]))
@@ -77,7 +80,8 @@ class FusedStep:
         (group,) = self.optimizer.param_groups  # another one where a state was loaded
         parameters = group["params"]
         gradients = [parameter.grad for parameter in parameters]
-        if not self._states or any(gradient is None for gradient in gradients):
+        known = self._states and self._states[0] is self.optimizer.state[parameters[0]]
+        if not known or any(gradient is None for gradient in gradients) or _is_watched(self.optimizer):
             self.optimizer.step()
             self._look_up(parameters)
             return
@@ -96,6 +100,12 @@ class FusedStep:
             self._counts = torch.stack([state["step"] for state in states])
             for state, count in zip(states, self._counts, strict=True):
                 state["step"] = count  # a part of the one tensor
+
+
+def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks are called at its steps: its own, or those of all optimizers."""
+    before, after = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+    return bool(before or after or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 @torch.no_grad()

@@ -167,6 +167,8 @@ def import_fabric() -> ModuleType:
 
     if is_new:
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+        # But it is what tells of a process that has ended before all had found each other.
+        logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,7 +119,10 @@ class Processes:
         if self.count > 1 and distributed.get_backend() == "gloo":
             # Without the launcher's watch, which kills this process before it can tell who is lost; the next message
             # shows it. Of NCCL's messages it may not show, so that the watch is needed there.
-            getattr(fabric.strategy.launcher, "procs", []).clear()
+            started = getattr(fabric.strategy.launcher, "procs", [])
+            for process in started:  # someone must wait for them
+                threading.Thread(target=process.wait, daemon=True).start()
+            started.clear()
         self._wants_stop = self._stop = False
         self._before: dict[str, Tensor] = {}  # buffers after the last step
         self._moving: set[str] = set()  # names of those that have changed since the start

@@ -130,7 +130,7 @@ class Training:
 
     def _take(self, epoch: int, raw: tuple[Tensor, ...]) -> Step:
         progress = self.step / self.total_steps
-        beta = self.anneal(progress)
+        beta = float(self.anneal(progress))
         for each in self.annealed:
             each.set_progress(progress)
         if not self.program.training:
